@@ -1,0 +1,756 @@
+"""What sender and worker share: settings, messages, scaling, the ComfyUI client, instance metadata.
+
+Importing this module costs nothing: boto3, requests and websocket-client are imported where they are
+used. DESIGN facts (formats, promises) are in the README; ComfyUI's behaviour is stated where relied on.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import math
+import os
+import re
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+logger = logging.getLogger(__name__)
+
+Workflow = dict[str, dict[str, Any]]
+"""An API-format workflow: node id -> {"class_type", "inputs", ...}."""
+
+HERE = Path(__file__).resolve().parent
+HOOK_NAME = "comfy-terminating"
+"""The termination lifecycle hook that create_env.sh makes with the group."""
+
+MAX_MESSAGE_BYTES = 1024 * 1024
+"""SQS refuses a larger message; a larger workflow travels by the bucket."""
+
+
+# --- Settings --------------------------------------------------------------------------------------------
+
+
+class SettingsError(Exception):
+    """The settings cannot be used; the text is one sentence naming the setting and the remedy."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The file `env`, converted and checked. Every variable is explained in env.example."""
+
+    env: str
+    account_id: str
+    region: str
+    s3_bucket: str
+    sqs_name: str
+    asg_name: str
+    backlogsize_per_instance: int
+    scale_cooldown_s: int
+    comfy_home: Path
+    comfy_address: str
+    visibility_timeout_s: int
+    max_receives: int
+    job_timeout_s: int
+    exec_cmd: str
+    callback_url: str
+    callback_secret: str
+
+    @property
+    def output_dir(self) -> Path:
+        """Where ComfyUI writes on this machine; the same rule as in start_service.sh.
+
+        The base machine's output folder is the bucket's own, which designers see. A fleet instance
+        writes to its local disk and the worker uploads: Mountpoint cannot seek, so video savers fail
+        on it, and every save through it makes the GPU wait for S3.
+        """
+        return self.comfy_home / ("ComfyUI/output" if self.env == "base" else "job-output")
+
+
+# NAME=value as both Bash and python-dotenv read it; load_env in create_env.sh has the same rule.
+_REFERENCE = re.compile(r"\$\{([A-Z][A-Z0-9_]*)\}")
+_LINE = re.compile(
+    r"([A-Z][A-Z0-9_]*)="
+    r"(?:(?:[A-Za-z0-9_./:@%+,=-]|\$\{[A-Z][A-Z0-9_]*\})*"
+    r'|"(?:[^"\\$`]|\$\{[A-Z][A-Z0-9_]*\})*")\s*'
+)
+_IGNORED_LINE = re.compile(r"\s*(#.*)?")
+_NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
+
+_DEFAULTS = {
+    "ENV": "base",
+    "PREFIX": "simple-comfy",
+    "S3_BUCKET": "${PREFIX}-${ACCOUNT_ID}-${REGION}-${ENV}",
+    "SQS_NAME": "${PREFIX}-${ENV}-queue",
+    "ASG_NAME": "${PREFIX}-${ENV}-asg",
+    "BACKLOGSIZE_PER_INSTANCE": "3",
+    "SCALE_COOLDOWN": "180",
+    "COMFY_HOME": str(HERE),
+    "COMFY_ADDRESS": "127.0.0.1:8188",
+    "VISIBILITY_TIMEOUT": "120",
+    "MAX_RECEIVES": "3",
+    "JOB_TIMEOUT": "3600",
+    "EXEC_CMD": "base",
+    "CALLBACK_URL": "",
+    "CALLBACK_SECRET": "",
+}
+
+
+def load_settings(
+    env: str | None = None, path: Path | None = None, environ: Mapping[str, str] | None = None
+) -> Settings:
+    """Read the settings file beside this module (or `path`).
+
+    The process environment wins over the file, and `env` (the environment's name) over both. Raises
+    SettingsError.
+    """
+    path = path or HERE / "env"
+    fixed = dict(os.environ if environ is None else environ)
+    if env is not None:
+        fixed["ENV"] = env
+    values: dict[str, str] = {}
+    for name, raw in [*_read_env_file(path), *_DEFAULTS.items()]:
+        if name not in values:
+            values[name] = fixed[name] if name in fixed else _expand(name, raw, fixed | values, path)
+    return _check(values | {n: fixed[n] for n in ("ACCOUNT_ID", "REGION") if n in fixed}, path)
+
+
+def _read_env_file(path: Path) -> Iterator[tuple[str, str]]:
+    from dotenv import dotenv_values
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise SettingsError(f"there is no settings file {path}: copy env.example to it and fill it in") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"cannot read the settings file {path} ({error}): make it readable text") from None
+    lines = text.splitlines()
+    for number, line in enumerate(lines, 1):
+        if not (_LINE.fullmatch(line) or _IGNORED_LINE.fullmatch(line)):
+            raise SettingsError(
+                f"{path} line {number} ({line.split('=')[0]}) is malformed: "
+                'write NAME=value or NAME="two words", where only ${NAME} expands'
+            )
+    for name, value in dotenv_values(stream=io.StringIO(text), interpolate=False).items():
+        yield name, value or ""
+
+
+def _expand(name: str, raw: str, known: Mapping[str, str], path: Path) -> str:
+    def value_of(match: re.Match[str]) -> str:
+        if match[1] not in known:
+            raise SettingsError(f"{name} uses ${{{match[1]}}}, which is not set: set it in {path}, above")
+        return known[match[1]]
+
+    return _REFERENCE.sub(value_of, raw)
+
+
+def _check(values: Mapping[str, str], path: Path) -> Settings:
+    def text(name: str, pattern: str, allowed: str) -> str:
+        value = values.get(name, "")
+        if not re.fullmatch(pattern, value):
+            raise SettingsError(f"{name}={value!r} cannot be used: set it in {path} to {allowed}")
+        return value
+
+    def number(name: str, low: int, high: int) -> int:
+        value = values[name]
+        if not (re.fullmatch(r"[0-9]{1,9}", value) and low <= int(value) <= high):
+            raise SettingsError(f"{name}={value!r} cannot be used: set it in {path} to a number from {low} to {high}")
+        return int(value)
+
+    text("PREFIX", _NAME.pattern, "lowercase letters, digits and hyphens")
+    return Settings(
+        env=text("ENV", _NAME.pattern, "lowercase letters, digits and hyphens"),
+        account_id=text("ACCOUNT_ID", r"[0-9]{12}", "your account's 12 digits"),
+        region=text("REGION", r"[a-z]{2}(-[a-z]+)+-[0-9]", "a region such as us-west-2"),
+        s3_bucket=text("S3_BUCKET", r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", "a bucket name of 3 to 63 characters"),
+        sqs_name=text("SQS_NAME", r"[A-Za-z0-9_-]{1,76}", "a queue name of up to 76 letters, digits, - and _"),
+        asg_name=text("ASG_NAME", r"[A-Za-z0-9_-]{1,100}", "a group name of up to 100 letters, digits, - and _"),
+        backlogsize_per_instance=number("BACKLOGSIZE_PER_INSTANCE", 1, 100_000),
+        scale_cooldown_s=number("SCALE_COOLDOWN", 0, 86_400),
+        comfy_home=Path(text("COMFY_HOME", r"/.*", "an absolute folder")),
+        comfy_address=text("COMFY_ADDRESS", r"[A-Za-z0-9.-]+:[0-9]{1,5}", "HOST:PORT"),
+        visibility_timeout_s=number("VISIBILITY_TIMEOUT", 3, 43_200),
+        max_receives=number("MAX_RECEIVES", 1, 1000),
+        job_timeout_s=number("JOB_TIMEOUT", 1, 604_800),
+        exec_cmd=text("EXEC_CMD", r"base|always|never", "base, always or never"),
+        callback_url=text("CALLBACK_URL", r"(https?://\S+)?", "an http(s) address, or leave it out"),
+        callback_secret=values["CALLBACK_SECRET"],
+    )
+
+
+# --- Messages --------------------------------------------------------------------------------------------
+
+
+class InvalidMessageError(Exception):
+    """A message that is no job; the text says why, and what to send instead."""
+
+
+class InvalidWorkflowError(InvalidMessageError):
+    """A workflow that cannot be sent to ComfyUI; the text says why, and what to do."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One queue message, understood: exactly one of workflow, workflow_key and command is set."""
+
+    id: str
+    workflow: Workflow | None = None
+    workflow_key: str | None = None
+    command: str | None = None
+    callback_url: str | None = None
+
+
+def is_job_id(value: object) -> bool:
+    """Whether `value` is a lowercase canonical UUID, the only prompt id newer ComfyUI servers accept."""
+    return isinstance(value, str) and bool(
+        re.fullmatch(r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", value)
+    )
+
+
+def new_job_id() -> str:
+    """A fresh job id."""
+    return str(uuid.uuid4())
+
+
+def large_workflow_key(job_id: str) -> str:
+    """The S3 key of a workflow too large for a message."""
+    return f"input/jobs/{job_id}.json"
+
+
+def check_workflow(workflow: object) -> Workflow:
+    """Return `workflow` if it has the API format, else raise InvalidWorkflowError."""
+    if isinstance(workflow, dict) and "nodes" in workflow and "links" in workflow:
+        raise InvalidWorkflowError("this workflow is saved in UI format: export it with Save (API Format)")
+    if not isinstance(workflow, dict) or not workflow:
+        raise InvalidWorkflowError("this is no workflow: export one with Save (API Format)")
+    for node_id, node in workflow.items():
+        if not (isinstance(node, dict) and isinstance(node.get("class_type"), str)):
+            raise InvalidWorkflowError(
+                f"node {node_id!r:.40} has no class_type, so this is no API-format workflow: "
+                "export it with Save (API Format)"
+            )
+        if not isinstance(node.get("inputs", {}), dict):
+            raise InvalidWorkflowError(f"the inputs of node {node_id!r:.40} are not an object: export it again")
+    return workflow
+
+
+def parse_message(body: str, message_id: str) -> Job:
+    """Understand a message body of any of the three shapes the queue takes.
+
+    1. an API-format workflow itself, 2. {"exec_cmd": "shell command"}, 3. {"prompt": workflow,
+    "job_id": ..., "callback_url": ...}, where {"workflow_key": "input/jobs/<job_id>.json"} stands for
+    a workflow too large for a message. The extras may stand beside exec_cmd as well. Without a job_id
+    `message_id`, a UUID too, serves. Raises InvalidMessageError.
+    """
+    try:
+        message = json.loads(body)
+    except (ValueError, RecursionError):
+        raise InvalidMessageError("the message is not JSON: send a workflow saved with Save (API Format)") from None
+    if not isinstance(message, dict):
+        raise InvalidMessageError("the message is JSON but no object: send a workflow saved with Save (API Format)")
+    kinds = [key for key in ("prompt", "workflow_key", "exec_cmd") if key in message]
+    if not kinds:
+        return Job(message_id, workflow=check_workflow(message))
+    if len(kinds) > 1:
+        raise InvalidMessageError(f"the message has both {kinds[0]} and {kinds[1]}: send one of them")
+    job_id = message.get("job_id", message_id)
+    if not is_job_id(job_id):
+        raise InvalidMessageError(
+            f"job_id {job_id!r:.60} is no lowercase UUID: leave it out or use str(uuid.uuid4())"
+        )
+    callback_url = message.get("callback_url")
+    if callback_url is not None and not (isinstance(callback_url, str) and re.match(r"https?://\S+$", callback_url)):
+        raise InvalidMessageError(f"callback_url {callback_url!r:.60} is no http(s) address")
+    if "exec_cmd" in message:
+        if not isinstance(message["exec_cmd"], str) or not message["exec_cmd"].strip():
+            raise InvalidMessageError("exec_cmd is not a shell command: send a string")
+        return Job(job_id, command=message["exec_cmd"], callback_url=callback_url)
+    if "workflow_key" in message:
+        if message["workflow_key"] != large_workflow_key(job_id):
+            raise InvalidMessageError(
+                f"workflow_key {message['workflow_key']!r:.60} is not this job's: it must be {large_workflow_key(job_id)}"
+            )
+        return Job(job_id, workflow_key=message["workflow_key"], callback_url=callback_url)
+    return Job(job_id, workflow=check_workflow(message["prompt"]), callback_url=callback_url)
+
+
+def own_outputs(workflow: Workflow, job_id: str) -> Workflow:
+    """A copy of `workflow` whose every filename_prefix begins with the job's own folder.
+
+    So a job's files lie together, and two instances never overwrite each other's counters. Raises
+    InvalidWorkflowError for a prefix that climbs out of that folder.
+    """
+    owned = {}
+    for node_id, node in workflow.items():
+        inputs = dict(node.get("inputs", {}))
+        prefix = inputs.get("filename_prefix")
+        if isinstance(prefix, str):
+            if ".." in re.split(r"[/\\]", prefix):
+                raise InvalidWorkflowError(
+                    f"node {node_id}: filename_prefix {prefix!r:.80} leaves the job's folder: take out the '..'"
+                )
+            inputs["filename_prefix"] = f"{job_id}/{prefix.lstrip('/')}"
+        owned[node_id] = {**node, "inputs": inputs}
+    return owned
+
+
+# --- AWS -------------------------------------------------------------------------------------------------
+
+
+def aws_client(service: str, region: str) -> Any:
+    """A boto3 client with bounded waits. Endpoints and credentials come from the standard chain."""
+    import boto3
+    from botocore.config import Config
+
+    # A long poll answers within 20 s; 30 s without a byte is a dead connection.
+    config = Config(
+        connect_timeout=5, read_timeout=30, retries={"mode": "standard", "total_max_attempts": 4}, tcp_keepalive=True
+    )
+    return boto3.session.Session(region_name=region).client(service, config=config)
+
+
+def error_code(error: Exception) -> str:
+    """The AWS error code of a botocore ClientError (`AccessDenied`, ...), "" for any other error."""
+    response = getattr(error, "response", None) or {}
+    return str(response.get("Error", {}).get("Code", ""))
+
+
+class QueueDepth(NamedTuple):
+    """SQS's approximate counts: messages waiting, and messages some worker holds."""
+
+    visible: int
+    in_flight: int
+
+
+def queue_depth(sqs: Any, queue_url: str) -> QueueDepth:
+    """Ask SQS how many messages there are. The counts lag by up to a minute."""
+    names = ["ApproximateNumberOfMessages", "ApproximateNumberOfMessagesNotVisible"]
+    values = sqs.get_queue_attributes(QueueUrl=queue_url, AttributeNames=names)["Attributes"]
+    return QueueDepth(*(int(values[name]) for name in names))
+
+
+def desired_capacity(depth: QueueDepth, *, backlog_per_instance: int, min_instances: int, max_instances: int) -> int:
+    """How many instances the queue calls for: ceil((visible + in flight) / backlog), within the limits.
+
+    Pure, and the same number for everyone who asks: equal answers make duplicate calls harmless.
+    """
+    wanted = math.ceil((depth.visible + depth.in_flight) / backlog_per_instance)
+    return max(min_instances, min(wanted, max_instances))
+
+
+class Capacity(NamedTuple):
+    """The group's desired capacity before a look at it, and after."""
+
+    before: int
+    after: int
+
+
+def raise_capacity(autoscaling: Any, asg_name: str, depth: QueueDepth, backlog_per_instance: int) -> Capacity | None:
+    """Raise the group's desired capacity to what the queue calls for; never lower it.
+
+    Returns None where there is no such group. One absolute step without cooldown; a failed read
+    raises and changes nothing.
+    """
+    answer = autoscaling.describe_auto_scaling_groups(AutoScalingGroupNames=[asg_name])
+    if not answer["AutoScalingGroups"]:
+        return None
+    group = answer["AutoScalingGroups"][0]
+    wanted = desired_capacity(
+        depth,
+        backlog_per_instance=backlog_per_instance,
+        min_instances=group["MinSize"],
+        max_instances=group["MaxSize"],
+    )
+    current = group["DesiredCapacity"]
+    if wanted <= current:
+        return Capacity(current, current)
+    autoscaling.set_desired_capacity(AutoScalingGroupName=asg_name, DesiredCapacity=wanted, HonorCooldown=False)
+    return Capacity(current, wanted)
+
+
+# --- ComfyUI ---------------------------------------------------------------------------------------------
+
+
+class ComfyGoneError(Exception):
+    """ComfyUI does not answer, or has lost the job by a restart: worth another try."""
+
+
+class WorkflowRefusedError(Exception):
+    """ComfyUI refused the workflow; carries the `error` of the result."""
+
+    def __init__(self, error: dict[str, Any]) -> None:
+        super().__init__(error["message"])
+        self.error = error
+
+
+class JobTimeoutError(Exception):
+    """The job ran longer than it may; it has been interrupted."""
+
+
+class JobStoppedError(Exception):
+    """The caller asked to stop; the job has been interrupted."""
+
+
+class Finished(NamedTuple):
+    """A job that ended: its history entry, and the `node_errors` of branches dropped when it was accepted."""
+
+    entry: dict[str, Any]
+    node_errors: dict[str, Any]
+
+
+class OutputFile(NamedTuple):
+    """A file as the history names it; `kind` is the key it stood under (images, gifs, audio, ...)."""
+
+    node_id: str
+    kind: str
+    filename: str
+    subfolder: str
+    type: str
+
+
+class ComfyUI:
+    """A ComfyUI server. Its history decides what became of a job; the websocket is for progress and speed."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self._session: Any = None
+
+    def is_ready(self) -> bool:
+        """Whether the server answers."""
+        try:
+            return bool(self._call("GET", "/system_stats").status_code == 200)
+        except ComfyGoneError:
+            return False
+
+    def run(
+        self,
+        workflow: Workflow,
+        prompt_id: str,
+        *,
+        timeout_s: float,
+        on_progress: Callable[[dict[str, Any]], None] = lambda _: None,
+        should_stop: Callable[[], bool] = lambda: False,
+        again: bool = False,
+    ) -> Finished:
+        """Run a workflow to its end and return its history entry.
+
+        A job with this id that the server already has is adopted, not run twice, unless `again` says
+        that its end is known and it is to run once more. Raises WorkflowRefusedError, ComfyGoneError,
+        JobTimeoutError and JobStoppedError (both after interrupting the job).
+        """
+        deadline = time.monotonic() + timeout_s
+        socket: Any = None
+        number, node_errors = None, dict[str, Any]()
+        try:
+            if again or not self._has(prompt_id):
+                client_id = new_job_id()  # a fresh one: the server may forget a second socket of the same id
+                socket = self._connect(client_id)
+                number, node_errors = self._submit(workflow, prompt_id, client_id)
+            entry = self._watch(socket, prompt_id, number, deadline, on_progress, should_stop)
+        except (JobTimeoutError, JobStoppedError):
+            self.cancel(prompt_id)
+            raise
+        finally:
+            if socket is not None:
+                socket.close()
+        return Finished(entry, node_errors)
+
+    def history(self, prompt_id: str) -> dict[str, Any] | None:
+        """The job's history entry; None while it is pending, running or unknown."""
+        entry = self._json("GET", f"/history/{prompt_id}").get(prompt_id)
+        return entry if isinstance(entry, dict) else None
+
+    def is_queued(self, prompt_id: str) -> bool:
+        """Whether the job runs or waits."""
+        queue = self._json("GET", "/queue")
+        return any(item[1] == prompt_id for part in ("queue_running", "queue_pending") for item in queue[part])
+
+    def cancel(self, prompt_id: str) -> None:
+        """Take the job out of the queue, or interrupt it if it runs. Best effort."""
+        with suppress(ComfyGoneError):
+            self._call("POST", "/queue", {"delete": [prompt_id]})
+            self._call("POST", "/interrupt", {"prompt_id": prompt_id})
+
+    def free(self) -> None:
+        """Ask the server to unload models and free memory before the next job."""
+        self._call("POST", "/free", {"unload_models": True, "free_memory": True})
+
+    def download(self, file: OutputFile, target: Path) -> None:
+        """Save a file the server made."""
+        query = {"filename": file.filename, "subfolder": file.subfolder, "type": file.type}
+        with self._call("GET", "/view", params=query, stream=True) as answer:
+            if answer.status_code != 200:
+                raise ComfyGoneError(
+                    f"ComfyUI on {self.address} does not have {file.filename} (HTTP {answer.status_code})"
+                )
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with target.open("wb") as out:
+                for chunk in answer.iter_content(1 << 20):
+                    out.write(chunk)
+
+    def _has(self, prompt_id: str) -> bool:
+        # Someone who interrupted a job gave it back to be run again: that is not its end.
+        entry = self.history(prompt_id)
+        if entry is not None and (error_of(entry) or {}).get("kind") != "interrupted":
+            return True
+        return self.is_queued(prompt_id)
+
+    def _submit(self, workflow: Workflow, prompt_id: str, client_id: str) -> tuple[Any, dict[str, Any]]:
+        body = {"prompt": workflow, "prompt_id": prompt_id, "client_id": client_id}
+        answer = self._call("POST", "/prompt", body, timeout_s=60)
+        if answer.status_code == 200:
+            accepted = answer.json()
+            if accepted.get("prompt_id") != prompt_id:
+                raise ComfyGoneError(f"ComfyUI gave the job another id than {prompt_id}: it is too old")
+            return accepted["number"], accepted.get("node_errors") or {}
+        if answer.status_code == 400:
+            raise WorkflowRefusedError(refusal_of(answer.json()))
+        message = f"ComfyUI answered HTTP {answer.status_code} to this workflow: export it with Save (API Format)"
+        raise WorkflowRefusedError(job_error("invalid_workflow", message, detail=answer.text[:4096]))
+
+    def _watch(
+        self,
+        socket: Any,
+        prompt_id: str,
+        number: Any,
+        deadline: float,
+        on_progress: Callable[[dict[str, Any]], None],
+        should_stop: Callable[[], bool],
+    ) -> dict[str, Any]:
+        """Wait for the history entry of the run with this number (of any run when None)."""
+        import websocket
+
+        asked, ended = time.monotonic(), False
+        while True:
+            if should_stop():
+                raise JobStoppedError
+            if time.monotonic() > deadline:
+                raise JobTimeoutError
+            if socket is None or ended:
+                # History is written shortly after the last event; without a socket it is all we have.
+                time.sleep(0.005 if ended else 0.2)
+            else:
+                try:
+                    event = _read_event(socket.recv(), prompt_id)
+                except websocket.WebSocketTimeoutException:
+                    event = None
+                except (websocket.WebSocketException, OSError):
+                    socket = None
+                    continue
+                if event is not None and event["type"] in ("executing", "progress", "progress_state"):
+                    on_progress(event)
+                ended = event is not None and event["type"] in _LAST_EVENTS
+                if not ended and time.monotonic() < asked + SILENCE_S:
+                    continue
+            asked = time.monotonic()
+            # First the queue, then the history: a job that has left the one is in the other already.
+            queued = self.is_queued(prompt_id)
+            entry = self.history(prompt_id)
+            if entry is not None and number in (None, entry["prompt"][0]) and not (number is None and queued):
+                return entry
+            if not queued:
+                raise ComfyGoneError(f"ComfyUI on {self.address} no longer has the job: it was restarted")
+
+    def _connect(self, client_id: str) -> Any:
+        import websocket
+
+        try:
+            return websocket.create_connection(f"ws://{self.address}/ws?clientId={client_id}", timeout=1)
+        except (websocket.WebSocketException, OSError) as error:
+            raise ComfyGoneError(f"ComfyUI on {self.address} does not answer: {error}") from error
+
+    def _json(self, method: str, path: str) -> dict[str, Any]:
+        answer = self._call(method, path)
+        try:
+            value = answer.json() if answer.status_code == 200 else None
+        except ValueError:
+            value = None
+        if not isinstance(value, dict):
+            raise ComfyGoneError(f"ComfyUI on {self.address} answered HTTP {answer.status_code} to {path}")
+        return value
+
+    def _call(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        params: Mapping[str, str] | None = None,
+        timeout_s: float = 10,
+        stream: bool = False,
+    ) -> Any:
+        import requests
+
+        if self._session is None:
+            self._session = requests.Session()
+            self._session.trust_env = False  # ComfyUI is never behind a proxy
+        try:
+            return self._session.request(
+                method,
+                f"http://{self.address}{path}",
+                json=body,
+                params=params,
+                timeout=(5, timeout_s),
+                stream=stream,
+            )
+        except requests.RequestException as error:
+            raise ComfyGoneError(f"ComfyUI on {self.address} does not answer: {error}") from error
+
+
+SILENCE_S = 2.0
+"""Seconds without news of a job after which history and queue are asked."""
+
+_LAST_EVENTS = ("execution_success", "execution_error", "execution_interrupted")
+
+
+def _read_event(frame: str | bytes, prompt_id: str) -> dict[str, Any] | None:
+    """The event of this job in a websocket frame; None for previews, status and other jobs."""
+    if not isinstance(frame, str) or not frame:
+        return None
+    event: dict[str, Any] = json.loads(frame)
+    return event if event.get("data", {}).get("prompt_id") == prompt_id else None
+
+
+def error_of(entry: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The `error` of a job's result, read from its history entry; None for a success."""
+    status = entry.get("status") or {}
+    if status.get("status_str") == "success":
+        return None
+    for name, data in reversed(status.get("messages") or []):
+        if name == "execution_error":
+            node_id, node_type = data.get("node_id"), data.get("node_type")
+            exception = str(data.get("exception_type", ""))
+            kind = "out_of_memory" if exception.endswith("OutOfMemoryError") else "execution_error"
+            message = f"node {node_id} {node_type}: {str(data.get('exception_message', '')).strip() or exception}"
+            detail = f"{exception}\n{''.join(data.get('traceback') or [])}"
+            return job_error(kind, message, node_id=node_id, node_type=node_type, detail=detail[-4096:])
+        if name == "execution_interrupted":
+            node_id, node_type = data.get("node_id"), data.get("node_type")
+            message = f"interrupted at node {node_id} {node_type}"
+            return job_error("interrupted", message, node_id=node_id, node_type=node_type)
+    return job_error(
+        "execution_error", f"ComfyUI's history calls the job {status.get('status_str')!r} without a reason"
+    )
+
+
+def refusal_of(answer: Mapping[str, Any]) -> dict[str, Any]:
+    """The `error` of a job's result, read from ComfyUI's 400 answer to POST /prompt."""
+    error, node_errors = answer.get("error") or {}, answer.get("node_errors") or {}
+    if not isinstance(error, dict):
+        error = {"message": str(error)}
+    reasons = explain_node_errors(node_errors)
+    if not reasons:
+        reasons = [" ".join(str(error[key]) for key in ("message", "details") if error.get(key))]
+    return job_error("invalid_workflow", "; ".join(reasons), node_errors=node_errors, detail=error.get("type"))
+
+
+def explain_node_errors(node_errors: Mapping[str, Any]) -> list[str]:
+    """One sentence for each thing ComfyUI found wrong, such as
+    "node 4 CheckpointLoaderSimple: ckpt_name 'x' is not installed, have: a, b"."""
+    sentences = []
+    for node_id, node in node_errors.items():
+        for error in node.get("errors", []):
+            info = error.get("extra_info") or {}
+            name = info.get("input_name", "")
+            if error.get("type") == "value_not_in_list":
+                allowed = (info.get("input_config") or [[]])[0]
+                have = ", ".join(map(str, allowed)) if isinstance(allowed, list) and allowed else "none"
+                text = f"{name} {info.get('received_value')!r} is not installed, have: {have:.400}"
+            else:
+                text = " ".join(str(error[key]) for key in ("message", "details") if error.get(key))
+            sentences.append(f"node {node_id} {node.get('class_type')}: {text}")
+    return sentences
+
+
+def job_error(
+    kind: str,
+    message: str,
+    *,
+    node_id: str | None = None,
+    node_type: str | None = None,
+    node_errors: Mapping[str, Any] | None = None,
+    detail: str | None = None,
+) -> dict[str, Any]:
+    """The `error` of a result: its kind, one sentence for people, and what is known besides."""
+    return {
+        "kind": kind,
+        "message": message,
+        "node_id": node_id,
+        "node_type": node_type,
+        "node_errors": dict(node_errors or {}),
+        "detail": detail,
+    }
+
+
+def outputs_of(entry: Mapping[str, Any]) -> tuple[list[OutputFile], dict[str, dict[str, Any]]]:
+    """The files a history entry names, and node id -> values that are not files (text, numbers).
+
+    An item is a file only if it is a dict with a filename; items may also be booleans, strings or
+    null. `animated: [true]` only describes the files beside it.
+    """
+    files: list[OutputFile] = []
+    values: dict[str, dict[str, Any]] = {}
+    for node_id, output in (entry.get("outputs") or {}).items():
+        for kind, items in output.items():
+            rest = []
+            for item in items if isinstance(items, list) else [items]:
+                if isinstance(item, dict) and isinstance(item.get("filename"), str):
+                    subfolder, type_ = str(item.get("subfolder") or ""), str(item.get("type") or "output")
+                    files.append(OutputFile(node_id, kind, item["filename"], subfolder, type_))
+                else:
+                    rest.append(item)
+            if rest and kind != "animated":
+                values.setdefault(node_id, {})[kind] = rest
+    return files, values
+
+
+# --- Instance metadata -----------------------------------------------------------------------------------
+
+
+class MetadataError(Exception):
+    """The instance metadata service does not answer: this is no EC2 instance, or access is off."""
+
+
+class Metadata:
+    """The instance metadata service, IMDSv2 only. AWS_EC2_METADATA_SERVICE_ENDPOINT moves it."""
+
+    def __init__(self) -> None:
+        endpoint = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or "http://169.254.169.254"
+        self.endpoint = endpoint.rstrip("/")
+        self._token = ""
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def get(self, path: str) -> str | None:
+        """The text at `path` below /latest/meta-data/, None where there is nothing. Raises MetadataError."""
+        for _ in range(2):
+            if not self._token:
+                headers = {"X-aws-ec2-metadata-token-ttl-seconds": "21600"}
+                self._token = self._request("PUT", "/latest/api/token", headers) or ""
+            try:
+                return self._request("GET", f"/latest/meta-data/{path}", {"X-aws-ec2-metadata-token": self._token})
+            except PermissionError:
+                self._token = ""  # it has expired
+        raise MetadataError("the instance metadata service refuses its own token")
+
+    def _request(self, method: str, path: str, headers: Mapping[str, str]) -> str | None:
+        request = urllib.request.Request(self.endpoint + path, method=method, headers=dict(headers))
+        try:
+            with self._opener.open(request, timeout=2) as answer:
+                return str(answer.read().decode())
+        except urllib.error.HTTPError as error:
+            if error.code == 404:
+                return None
+            if error.code == 401:
+                raise PermissionError from error
+            raise MetadataError(f"the instance metadata service answers HTTP {error.code} to {path}") from error
+        except OSError as error:
+            raise MetadataError(
+                f"the instance metadata service does not answer on {self.endpoint}: {error}"
+            ) from error
