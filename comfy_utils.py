@@ -13,12 +13,10 @@ import math
 import os
 import re
 import time
-import urllib.error
-import urllib.request
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,7 +59,7 @@ class Settings:
     job_timeout_s: int
     exec_cmd: str
     callback_url: str
-    callback_secret: str
+    callback_secret: str = field(repr=False)
 
     @property
     def output_dir(self) -> Path:
@@ -725,7 +723,6 @@ class Metadata:
         endpoint = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or "http://169.254.169.254"
         self.endpoint = endpoint.rstrip("/")
         self._token = ""
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def get(self, path: str) -> str | None:
         """The text at `path` below /latest/meta-data/, None where there is nothing. Raises MetadataError."""
@@ -740,9 +737,13 @@ class Metadata:
         raise MetadataError("the instance metadata service refuses its own token")
 
     def _request(self, method: str, path: str, headers: Mapping[str, str]) -> str | None:
+        import urllib.error
+        import urllib.request
+
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never by way of a proxy
         request = urllib.request.Request(self.endpoint + path, method=method, headers=dict(headers))
         try:
-            with self._opener.open(request, timeout=2) as answer:
+            with opener.open(request, timeout=2) as answer:
                 return str(answer.read().decode())
         except urllib.error.HTTPError as error:
             if error.code == 404:

@@ -1,0 +1,804 @@
+#!/usr/bin/env python3
+"""The worker, one on each GPU instance: takes jobs off the queue, runs them, stores the results.
+
+systemd starts it through `start_service.sh comfy-manage`. It needs no arguments; its settings are the
+file `env` beside it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+import json
+import logging
+import logging.handlers
+import mimetypes
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import urlsplit
+
+from comfy_utils import (
+    HOOK_NAME,
+    ComfyGoneError,
+    ComfyUI,
+    Finished,
+    InvalidMessageError,
+    InvalidWorkflowError,
+    Job,
+    JobStoppedError,
+    JobTimeoutError,
+    Metadata,
+    MetadataError,
+    OutputFile,
+    QueueDepth,
+    Settings,
+    SettingsError,
+    Workflow,
+    WorkflowRefusedError,
+    aws_client,
+    check_workflow,
+    error_code,
+    error_of,
+    explain_node_errors,
+    job_error,
+    load_settings,
+    outputs_of,
+    own_outputs,
+    parse_message,
+    queue_depth,
+    raise_capacity,
+)
+
+logger = logging.getLogger("parse_job")
+
+Result = dict[str, Any]
+"""What result.json holds; its fields are listed in the README."""
+
+
+# --- Your business code goes here ------------------------------------------------------------------------
+
+
+def on_job_done(result: Result) -> None:
+    """Called once a job's result is stored and its callback was accepted, before the message is deleted.
+
+    `result` is what stands in result.json. It may be called again for the same job when the worker
+    dies right here. An exception is logged and changes nothing for the job.
+    """
+
+
+def before_exit(instance_id: str) -> None:
+    """Called once before the instance is handed back to its group, after the last job and the logs."""
+
+
+# --- The worker ------------------------------------------------------------------------------------------
+
+POLL_S = 20
+"""SQS's longest long poll: the fewest calls while idle."""
+LIFECYCLE_POLL_S = 5
+"""How often the instance metadata is asked; AWS advises 5 s for spot notices."""
+CAPACITY_POLL_S = 30
+"""How often a busy worker looks whether the queue calls for more instances."""
+LOG_UPLOAD_S = 300
+HEARTBEAT_S = 60
+PROGRESS_S = 5
+COMMAND_OUTPUT_BYTES = 4096
+
+
+class PutBackError(Exception):
+    """The job did not end, and another try may help: the message goes back to the queue."""
+
+
+class Worker:
+    """One instance's worker. `run` is the whole story; everything below it is a step of it."""
+
+    def __init__(self, settings: Settings, metadata: Metadata) -> None:
+        self.settings = settings
+        self.metadata = metadata
+        self.comfy = ComfyUI(settings.comfy_address)
+        self.sqs = aws_client("sqs", settings.region)
+        self.s3 = aws_client("s3", settings.region)
+        self.autoscaling = aws_client("autoscaling", settings.region)
+        self.instance_id = instance_id_of(metadata)
+        self.queue_url = ""
+        self.stop = threading.Event()  # SIGTERM: give everything back and exit
+        self.spot = threading.Event()  # the machine is taken away in two minutes
+        self.drain = threading.Event()  # the group takes this instance: finish the job, take nothing new
+        self.busy = threading.Event()  # a message is in hand
+        self.idle_since = time.monotonic()
+        self.in_group = False
+        self.scaling_off_said = False
+
+    def run(self) -> None:
+        """Work until SIGTERM; leave the group when idle or told to."""
+        self.queue_url = self.find_queue()
+        logger.info("Worker on %s takes jobs from %s", self.instance_id, self.settings.sqs_name)
+        self.look_at_lifecycle()
+        lane = threading.Thread(target=self.work, name="lane", daemon=True)
+        lane.start()
+        self.watch(lane)
+        if self.spot.is_set() or (self.drain.is_set() and not self.stop.is_set()):
+            lane.join(POLL_S + 5)
+            self.leave()
+        else:
+            # A job in hand is given back at once. An empty long poll is not worth waiting for: should
+            # it bring a message after all, its lease ends by itself.
+            lane.join(10 if self.busy.is_set() else 0)
+            self.upload_logs()
+
+    def work(self) -> None:
+        """The lane: one message after the other."""
+        while not self.is_leaving():
+            try:
+                message = self.receive() if self.comfyui_answers() else None
+                if message is None:
+                    self.leave_if_idle()
+                elif self.is_leaving():
+                    self.put_back(message, delay_s=0)
+                else:
+                    self.process_one_message(message)
+            except Exception:
+                logger.exception("The lane goes on after an error")
+                self.stop.wait(5)
+
+    def watch(self, lane: threading.Thread) -> None:
+        """What goes on beside the lane: lifecycle, capacity, logs."""
+        next_look = next_raise = 0.0
+        next_upload = time.monotonic() + LOG_UPLOAD_S
+        next_beat = 0.0
+        while lane.is_alive() and not self.stop.wait(0.2) and not self.spot.is_set():
+            now = time.monotonic()
+            if now >= next_look:
+                next_look = now + LIFECYCLE_POLL_S
+                self.look_at_lifecycle()
+            if self.drain.is_set() and self.in_group and now >= next_beat:
+                next_beat = now + HEARTBEAT_S
+                self.beat()
+            if self.busy.is_set() and now >= next_raise:
+                next_raise = now + CAPACITY_POLL_S
+                self.raise_capacity()
+            if now >= next_upload:
+                next_upload = now + LOG_UPLOAD_S
+                self.upload_logs()
+
+    def is_leaving(self) -> bool:
+        """Whether nothing new is to be taken."""
+        return self.stop.is_set() or self.spot.is_set() or self.drain.is_set()
+
+    def should_stop(self) -> bool:
+        """Whether the running job is to be given back at once."""
+        return self.stop.is_set() or self.spot.is_set()
+
+    # --- One message -------------------------------------------------------------------------------------
+
+    def process_one_message(self, message: dict[str, Any]) -> None:
+        """Bring one message to its end: result stored, callback accepted, message deleted; or put it back."""
+        attempt = int(message["Attributes"]["ApproximateReceiveCount"])
+        self.busy.set()
+        try:
+            with every(self.settings.visibility_timeout_s / 3, lambda: self.extend_lease(message)):
+                job, invalid = understand(message)
+                logger.info("Job %s: attempt %d", job.id, attempt)
+                result = self.stored_result(job.id)
+                if result is None:
+                    result = self.store_result(self.run_job(job, invalid, attempt, sent_at_of(message)))
+                else:
+                    logger.info("Job %s has its result already: not run again", job.id)
+                self.call_back(job, result)
+            try:
+                on_job_done(result)
+            except Exception:
+                logger.exception("on_job_done failed for job %s", job.id)
+            self.sqs.delete_message(QueueUrl=self.queue_url, ReceiptHandle=message["ReceiptHandle"])
+            self.remove_local_files(job.id)
+            logger.info(
+                "Job %s: %s%s",
+                job.id,
+                result["status"],
+                f" ({result['error']['message']})" if result["error"] else "",
+            )
+        except JobStoppedError:
+            logger.info("Message %s is given back: this worker stops", message["MessageId"])
+            self.put_back(message, delay_s=0)
+        except PutBackError as reason:
+            self.put_back_later(message, attempt, str(reason))
+        except Exception as error:
+            logger.exception("Message %s: something failed on our side", message["MessageId"])
+            self.put_back_later(message, attempt, repr(error))
+        finally:
+            self.idle_since = time.monotonic()
+            self.busy.clear()
+
+    def run_job(self, job: Job, invalid: str | None, attempt: int, sent_at: datetime) -> Result:
+        """Run the job and return its result; raises PutBackError or JobStoppedError."""
+        started_at = datetime.now(UTC)
+        outputs: list[dict[str, Any]] = []
+        values: dict[str, dict[str, Any]] = {}
+        warnings: list[str] = []
+        error: dict[str, Any] | None = None
+        if invalid is not None:
+            error = job_error("invalid_message", invalid)
+        elif job.command is not None:
+            values, error = self.run_command(job.id, job.command)
+        else:
+            try:
+                finished = self.run_workflow(job)
+            except WorkflowRefusedError as refused:
+                error = refused.error
+            except InvalidWorkflowError as reason:
+                error = job_error("invalid_workflow", str(reason))
+            except JobTimeoutError:
+                error = job_error("timeout", f"the job ran longer than JOB_TIMEOUT={self.settings.job_timeout_s} s")
+            else:
+                error = error_of(finished.entry)
+                warnings = [f"dropped: {text}" for text in explain_node_errors(finished.node_errors)]
+                files, values = outputs_of(finished.entry)
+                outputs, missing = self.store_files(job.id, files)
+                if missing and error is None:
+                    error = job_error("execution_error", missing[0])
+                warnings += missing
+        finished_at = datetime.now(UTC)
+        return {
+            "job_id": job.id,
+            "status": "failed" if error else "succeeded",
+            "env": self.settings.env,
+            "instance_id": self.instance_id,
+            "attempt": attempt,
+            "outputs": outputs,
+            "values": values,
+            "warnings": warnings,
+            "error": error,
+            "timings": {
+                "sent_at": iso(sent_at),
+                "started_at": iso(started_at),
+                "finished_at": iso(finished_at),
+                "wait_s": round((started_at - sent_at).total_seconds(), 3),
+                "run_s": round((finished_at - started_at).total_seconds(), 3),
+            },
+        }
+
+    def run_workflow(self, job: Job) -> Finished:
+        """Run the workflow in ComfyUI; out of memory is tried once more on freed memory."""
+        workflow = own_outputs(job.workflow or self.fetch_workflow(job), job.id)
+        progress = Progress(workflow, job.id, self.instance_id)
+        with every(PROGRESS_S, lambda: self.store_progress(progress)):
+            for again in (False, True):
+                try:
+                    finished = self.comfy.run(
+                        workflow,
+                        job.id,
+                        timeout_s=self.settings.job_timeout_s,
+                        on_progress=progress.note,
+                        should_stop=self.should_stop,
+                        again=again,
+                    )
+                except ComfyGoneError as error:
+                    raise PutBackError(str(error)) from error
+                if (error_of(finished.entry) or {}).get("kind") != "out_of_memory":
+                    return finished
+                logger.warning("Job %s ran out of memory%s", job.id, " again" if again else ": freeing, one more try")
+                with suppress(ComfyGoneError):
+                    self.comfy.free()
+        raise PutBackError("out of memory, also after ComfyUI freed its own")
+
+    def run_command(self, job_id: str, command: str) -> tuple[dict[str, dict[str, Any]], dict[str, Any] | None]:
+        """Run a shell command in a process group of its own; its output's last 4 KB go into the result."""
+        allowed = self.settings.exec_cmd
+        if allowed == "never" or (allowed == "base" and self.settings.env != "base"):
+            message = f"commands do not run here: EXEC_CMD={allowed} and ENV={self.settings.env}"
+            return {}, job_error("command_refused", message)
+        deadline = time.monotonic() + self.settings.job_timeout_s
+        with tempfile.TemporaryFile() as output:
+            process = subprocess.Popen(
+                ["/bin/bash", "-c", command],
+                cwd=self.settings.comfy_home,
+                env=os.environ | {"COMFY_JOB_ID": job_id},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                while process.poll() is None:
+                    if self.should_stop():
+                        raise JobStoppedError
+                    if time.monotonic() > deadline:
+                        break
+                    time.sleep(0.05)
+                exit_code = process.poll()
+            finally:
+                # The whole group, because a command's children must not outlive it.
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            output.seek(max(0, output.seek(0, os.SEEK_END) - COMMAND_OUTPUT_BYTES))
+            text = output.read().decode(errors="replace")
+        values = {"command": {"exit_code": exit_code, "output": text}}
+        if exit_code is None:
+            return values, job_error(
+                "timeout", f"the command ran longer than JOB_TIMEOUT={self.settings.job_timeout_s} s"
+            )
+        if exit_code != 0:
+            return values, job_error("command_failed", f"the command ended with exit code {exit_code}", detail=text)
+        return values, None
+
+    # --- The queue ---------------------------------------------------------------------------------------
+
+    def find_queue(self) -> str:
+        """The queue's address; waits for a queue that is not there yet rather than spin through restarts."""
+        while True:
+            try:
+                return str(self.sqs.get_queue_url(QueueName=self.settings.sqs_name)["QueueUrl"])
+            except Exception as error:
+                logger.error("Cannot find the queue %s, trying again in 30 s: %s", self.settings.sqs_name, error)
+                if self.stop.wait(30):
+                    sys.exit(0)
+
+    def receive(self) -> dict[str, Any] | None:
+        """Long-poll for one message. The visibility timeout is named, so a queue made by hand works too."""
+        left = self.idle_since + self.settings.scale_cooldown_s - time.monotonic()
+        answer = self.sqs.receive_message(
+            QueueUrl=self.queue_url,
+            MaxNumberOfMessages=1,
+            WaitTimeSeconds=max(1, min(POLL_S, round(left))) if left > 0 else POLL_S,
+            VisibilityTimeout=self.settings.visibility_timeout_s,
+            MessageSystemAttributeNames=["ApproximateReceiveCount", "SentTimestamp"],
+        )
+        messages = answer.get("Messages") or [None]
+        return messages[0]  # type: ignore[no-any-return]
+
+    def extend_lease(self, message: dict[str, Any]) -> None:
+        """Hold the message for another visibility timeout."""
+        self.sqs.change_message_visibility(
+            QueueUrl=self.queue_url,
+            ReceiptHandle=message["ReceiptHandle"],
+            VisibilityTimeout=self.settings.visibility_timeout_s,
+        )
+
+    def put_back(self, message: dict[str, Any], delay_s: int) -> None:
+        """Let the message be received again, by anyone, after `delay_s`."""
+        try:
+            self.sqs.change_message_visibility(
+                QueueUrl=self.queue_url, ReceiptHandle=message["ReceiptHandle"], VisibilityTimeout=delay_s
+            )
+        except Exception:
+            logger.exception("Message %s comes back when its lease ends", message["MessageId"])
+
+    def put_back_later(self, message: dict[str, Any], attempt: int, reason: str) -> None:
+        """Put back after a delay that doubles with each attempt; SQS moves it to the DLQ after MAX_RECEIVES."""
+        delay_s = min(5 * 2 ** (attempt - 1), 300)
+        logger.warning(
+            "Message %s is put back for %d s after attempt %d of %d: %s",
+            message["MessageId"],
+            delay_s,
+            attempt,
+            self.settings.max_receives,
+            reason,
+        )
+        self.put_back(message, delay_s)
+
+    def depth(self) -> QueueDepth:
+        """How many messages wait and how many are held."""
+        return queue_depth(self.sqs, self.queue_url)
+
+    # --- Files and results -------------------------------------------------------------------------------
+
+    def fetch_workflow(self, job: Job) -> Workflow:
+        """The workflow of a message that only points to it."""
+        try:
+            body = self.s3.get_object(Bucket=self.settings.s3_bucket, Key=job.workflow_key)["Body"].read()
+        except self.s3.exceptions.NoSuchKey:
+            raise InvalidWorkflowError(f"there is no {job.workflow_key} in {self.settings.s3_bucket}") from None
+        try:
+            return check_workflow(json.loads(body))
+        except (ValueError, RecursionError):
+            raise InvalidWorkflowError(f"{job.workflow_key} is not JSON: send the job again") from None
+
+    def store_files(self, job_id: str, named: list[OutputFile]) -> tuple[list[dict[str, Any]], list[str]]:
+        """Upload the files that history names and all others in the job's folder.
+
+        Returns the `outputs` of the result, and a sentence for each named file that is not there (as
+        when ComfyUI served it from its cache after the file was deleted).
+        """
+        root = self.settings.output_dir
+        outputs: list[dict[str, Any]] = []
+        missing: list[str] = []
+        seen: set[Path] = set()
+        for file in named:
+            path = self.local_path(file)
+            if path is None or not path.is_file():
+                missing.append(f"node {file.node_id}: its file {file.subfolder}/{file.filename} is not there")
+                continue
+            seen.add(path)
+            outputs.append({**file._asdict(), "s3_key": self.upload(job_id, path, file.type)})
+        # Checkpoint and LoRA savers write files without any entry in the history.
+        folder = root / job_id
+        ours = {folder / "result.json", folder / "progress.json"}  # seen through Mountpoint on the base machine
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and not path.is_symlink() and path not in seen and path not in ours:
+                file = OutputFile("", "files", path.name, path.parent.relative_to(root).as_posix(), "output")
+                outputs.append({**file._asdict(), "node_id": None, "s3_key": self.upload(job_id, path, "output")})
+        return outputs, missing
+
+    def local_path(self, file: OutputFile) -> Path | None:
+        """Where ComfyUI put the file; None for a place outside its folders."""
+        roots = {"output": self.settings.output_dir, "temp": self.settings.comfy_home / "ComfyUI/temp"}
+        root = roots.get(file.type)
+        parts = PurePosixPath(file.subfolder, file.filename)
+        if root is None or parts.is_absolute() or ".." in parts.parts:
+            return None
+        return root / parts
+
+    def upload(self, job_id: str, path: Path, type_: str) -> str:
+        """Bring a file into the bucket and return its key. Streamed, in parts when large.
+
+        On the base machine Mountpoint has mostly brought it there already: one HEAD tells. On a fleet
+        instance a file outside the job's folder goes there all the same, since two instances may use
+        the same name.
+        """
+        if type_ == "temp":
+            key = f"output/{job_id}/temp/{path.name}"
+        else:
+            relative = path.relative_to(self.settings.output_dir).as_posix()
+            own = relative.startswith(f"{job_id}/") or self.settings.env == "base"
+            key = f"output/{relative}" if own else f"output/{job_id}/{relative}"
+        if self.settings.env != "base" or self.object_size(key) != path.stat().st_size:
+            content_type = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
+            self.s3.upload_file(str(path), self.settings.s3_bucket, key, ExtraArgs={"ContentType": content_type})
+        return key
+
+    def object_size(self, key: str) -> int | None:
+        """Bytes of an object in the bucket; None when there is none."""
+        try:
+            return int(self.s3.head_object(Bucket=self.settings.s3_bucket, Key=key)["ContentLength"])
+        except Exception as error:
+            if error_code(error) in ("404", "NoSuchKey"):
+                return None
+            raise
+
+    def remove_local_files(self, job_id: str) -> None:
+        """Free the instance's disk of a job whose files are in the bucket."""
+        if self.settings.env == "base":
+            return  # there the output folder is the bucket itself
+        folder = self.settings.output_dir / job_id
+        for path in sorted(folder.rglob("*"), reverse=True):
+            with suppress(OSError):
+                path.rmdir() if path.is_dir() else path.unlink()
+        with suppress(OSError):
+            folder.rmdir()
+
+    def stored_result(self, job_id: str) -> Result | None:
+        """The job's result.json, None while it has none."""
+        try:
+            body = self.s3.get_object(Bucket=self.settings.s3_bucket, Key=result_key(job_id))["Body"].read()
+        except self.s3.exceptions.NoSuchKey:
+            return None
+        result: Result = json.loads(body)
+        return result
+
+    def store_result(self, result: Result) -> Result:
+        """Write result.json, unless another worker was first; return the one that stands."""
+        try:
+            self.s3.put_object(
+                Bucket=self.settings.s3_bucket,
+                Key=result_key(result["job_id"]),
+                Body=json.dumps(result, ensure_ascii=False).encode(),
+                ContentType="application/json",
+                IfNoneMatch="*",
+            )
+        except Exception as error:
+            if error_code(error) not in ("PreconditionFailed", "ConditionalRequestConflict"):
+                raise
+            stored = self.stored_result(result["job_id"])
+            if stored is None:
+                raise PutBackError("another worker is writing this job's result") from error
+            logger.warning("Job %s: another worker stored its result first", result["job_id"])
+            return stored
+        return result
+
+    def store_progress(self, progress: Progress) -> None:
+        """Write progress.json if something changed since the last time."""
+        news = progress.news()
+        if news is not None:
+            self.s3.put_object(
+                Bucket=self.settings.s3_bucket,
+                Key=f"output/{progress.job_id}/progress.json",
+                Body=json.dumps(news, ensure_ascii=False).encode(),
+                ContentType="application/json",
+            )
+
+    def call_back(self, job: Job, result: Result) -> None:
+        """POST the result to the job's callback, signed; raises PutBackError when it is not accepted."""
+        import requests
+
+        url = job.callback_url or self.settings.callback_url
+        if not url:
+            return
+        body = json.dumps(result, ensure_ascii=False).encode()
+        timestamp = str(int(time.time()))
+        digest = hmac.new(self.settings.callback_secret.encode(), f"{timestamp}.".encode() + body, hashlib.sha256)
+        headers = {
+            "Content-Type": "application/json",
+            "X-Comfy-Timestamp": timestamp,
+            "X-Comfy-Signature": f"sha256={digest.hexdigest()}",
+        }
+        try:
+            refuse_link_local(url)
+            answer = requests.post(url, data=body, headers=headers, timeout=(5, 10), allow_redirects=False)
+        except (requests.RequestException, OSError, ValueError) as error:
+            raise PutBackError(f"the callback of job {job.id} failed: {error}") from error
+        if not 200 <= answer.status_code < 300:
+            raise PutBackError(f"the callback of job {job.id} was answered with HTTP {answer.status_code}")
+
+    # --- The instance ------------------------------------------------------------------------------------
+
+    def comfyui_answers(self) -> bool:
+        """Whether ComfyUI answers, waiting for it as long as a poll takes: without it nothing is taken."""
+        since = time.monotonic()
+        while not self.comfy.is_ready():
+            if self.is_leaving() or time.monotonic() > since + POLL_S:
+                logger.warning("ComfyUI does not answer on %s", self.settings.comfy_address)
+                return False
+            self.stop.wait(0.2)
+        return True
+
+    def look_at_lifecycle(self) -> None:
+        """Read what EC2 and the group want of this instance."""
+        try:
+            state = self.metadata.get("autoscaling/target-lifecycle-state")
+            notice = self.metadata.get("spot/instance-action")
+        except MetadataError:
+            return  # the base machine may be no EC2 instance at all
+        self.in_group = state is not None
+        if notice is not None and not self.spot.is_set():
+            logger.warning("Spot notice: the instance is taken away, its job is given back")
+            self.spot.set()
+        if state == "Terminated" and not self.drain.is_set():
+            logger.info("The group takes this instance: nothing new is taken")
+            self.drain.set()
+
+    def raise_capacity(self) -> None:
+        """Raise the group to what the queue calls for. A failed read means no action."""
+        try:
+            capacity = raise_capacity(
+                self.autoscaling, self.settings.asg_name, self.depth(), self.settings.backlogsize_per_instance
+            )
+        except Exception as error:
+            logger.warning("Capacity is left as it is: %s", error)
+            return
+        if capacity is None and not self.scaling_off_said:
+            self.scaling_off_said = True
+            logger.info("There is no group %s: scaling is off", self.settings.asg_name)
+        if capacity is not None and capacity.after > capacity.before:
+            logger.info("Adjusted ASG capacity to %d", capacity.after)
+
+    def leave_if_idle(self) -> None:
+        """End this instance when it was idle for SCALE_COOLDOWN and the queue is empty."""
+        idle_s = time.monotonic() - self.idle_since
+        if not self.in_group or idle_s < self.settings.scale_cooldown_s:
+            return
+        if self.depth().visible:
+            return
+        try:
+            self.autoscaling.terminate_instance_in_auto_scaling_group(
+                InstanceId=self.instance_id, ShouldDecrementDesiredCapacity=True
+            )
+        except Exception as error:
+            self.idle_since = time.monotonic()
+            if error_code(error) != "ValidationError":
+                raise
+            logger.info("Stays, the group is at its minimum: %s", error)
+            return
+        logger.info("Idle for %.0f s: leaves the group", idle_s)
+        self.drain.set()
+
+    def beat(self) -> None:
+        """Ask for more time while the last job ends."""
+        try:
+            self.autoscaling.record_lifecycle_action_heartbeat(
+                LifecycleHookName=HOOK_NAME,
+                AutoScalingGroupName=self.settings.asg_name,
+                InstanceId=self.instance_id,
+            )
+        except Exception as error:
+            logger.info("No lifecycle heartbeat: %s", error)
+
+    def leave(self) -> None:
+        """Hand the instance back to its group and wait to be switched off."""
+        logger.info("Hands the instance back")
+        self.upload_logs()
+        try:
+            before_exit(self.instance_id)
+        except Exception:
+            logger.exception("before_exit failed")
+        # A message that came after the last receive would find nobody, and nobody would be started.
+        self.raise_capacity()
+        self.complete_lifecycle()
+        self.upload_logs()
+        while not self.stop.wait(60):
+            pass
+
+    def complete_lifecycle(self) -> None:
+        """Let the group go on with the termination; without it the hook's timeout does."""
+        delay_s = 0.25
+        for _ in range(10):
+            try:
+                self.autoscaling.complete_lifecycle_action(
+                    LifecycleHookName=HOOK_NAME,
+                    AutoScalingGroupName=self.settings.asg_name,
+                    InstanceId=self.instance_id,
+                    LifecycleActionResult="CONTINUE",
+                )
+            except Exception as error:
+                # The hook may not have begun yet, just after we asked to be terminated.
+                logger.info("Lifecycle action not completed yet: %s", error)
+                if self.stop.wait(delay_s):
+                    return
+                delay_s = min(delay_s * 2, 30)
+            else:
+                logger.info("Lifecycle action completed")
+                return
+
+    def upload_logs(self) -> None:
+        """Store this instance's logs under output/<instance_id>/."""
+        for path in sorted((self.settings.comfy_home / "logs").glob("*")):
+            key = f"output/{self.instance_id}/{path.name}"
+            try:
+                if path.is_file():
+                    extra = {"ContentType": "text/plain; charset=utf-8"}
+                    self.s3.upload_file(str(path), self.settings.s3_bucket, key, ExtraArgs=extra)
+            except Exception as error:
+                logger.warning("Cannot store the log %s: %s", path.name, error)
+
+
+# --- Helpers ---------------------------------------------------------------------------------------------
+
+
+def understand(message: dict[str, Any]) -> tuple[Job, str | None]:
+    """The message's job, and why it is none (then the job has only the message's id)."""
+    try:
+        return parse_message(message.get("Body") or "", message["MessageId"]), None
+    except InvalidMessageError as reason:
+        return Job(message["MessageId"]), str(reason)
+
+
+class Progress:
+    """How far a job is, from ComfyUI's events."""
+
+    def __init__(self, workflow: Workflow, job_id: str, instance_id: str) -> None:
+        self.workflow = workflow
+        self.job_id = job_id
+        self.instance_id = instance_id
+        self._state: dict[str, Any] = {}
+        self._reported: dict[str, Any] = {}
+
+    def note(self, event: dict[str, Any]) -> None:
+        """Take in an `executing`, `progress` or `progress_state` event."""
+        data = event["data"]
+        if event["type"] == "progress_state":
+            done = sum(node.get("state") == "finished" for node in data.get("nodes", {}).values())
+            self._state = {**self._state, "nodes_done": done}
+        elif data.get("node") is not None:
+            step = {"value": data.get("value"), "max": data.get("max")} if event["type"] == "progress" else {}
+            self._state = {"nodes_done": self._state.get("nodes_done", 0), "node_id": data["node"], **step}
+
+    def news(self) -> dict[str, Any] | None:
+        """What progress.json is to say, None when nothing changed since the last call."""
+        state = self._state
+        if state == self._reported:
+            return None
+        self._reported = state
+        node = self.workflow.get(state.get("node_id", ""), {})
+        return {
+            "job_id": self.job_id,
+            "status": "running",
+            "instance_id": self.instance_id,
+            "node_title": node.get("_meta", {}).get("title") or node.get("class_type"),
+            "nodes": len(self.workflow),
+            **state,
+            "updated_at": iso(datetime.now(UTC)),
+        }
+
+
+@contextmanager
+def every(seconds: float, action: Callable[[], None]) -> Iterator[None]:
+    """Call `action` every so many seconds in a thread of its own while the with-block runs."""
+    done = threading.Event()
+
+    def repeat() -> None:
+        while not done.wait(seconds):
+            try:
+                action()
+            except Exception as error:
+                logger.warning("Trying again in %.0f s: %s", seconds, error)
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(1)
+
+
+def refuse_link_local(url: str) -> None:
+    """Raise ValueError for an address where instance metadata lives."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError(f"{url!r:.100} is no http(s) address")
+    for *_, address in socket.getaddrinfo(parts.hostname, parts.port or 80, proto=socket.IPPROTO_TCP):
+        ip = ipaddress.ip_address(re.sub(r"%.*", "", str(address[0])))
+        mapped = getattr(ip, "ipv4_mapped", None) or ip
+        if mapped.is_link_local or mapped == ipaddress.ip_address("fd00:ec2::254"):
+            raise ValueError(f"{parts.hostname} is a link-local address: callbacks never go there")
+
+
+def result_key(job_id: str) -> str:
+    """The S3 key of a job's receipt."""
+    return f"output/{job_id}/result.json"
+
+
+def sent_at_of(message: dict[str, Any]) -> datetime:
+    """When the message was sent, by SQS's clock."""
+    return datetime.fromtimestamp(int(message["Attributes"]["SentTimestamp"]) / 1000, UTC)
+
+
+def iso(moment: datetime) -> str:
+    """ISO 8601 in UTC, to the millisecond."""
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def instance_id_of(metadata: Metadata) -> str:
+    """This instance's id; the host's name where there is no metadata service."""
+    with suppress(MetadataError):
+        instance_id = metadata.get("instance-id")
+        if instance_id:
+            return instance_id
+    return socket.gethostname()
+
+
+def set_up_logging(folder: Path) -> None:
+    """Log to stdout, and to logs/parse_job.log: rotated at midnight, 30 kept."""
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / "parse_job.log"
+        handlers.append(
+            logging.handlers.TimedRotatingFileHandler(file, when="midnight", backupCount=30, encoding="utf-8")
+        )
+    except OSError as error:
+        print(f"parse_job.py: logs go to stdout only: {error}", file=sys.stderr)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", handlers=handlers)
+    logging.raiseExceptions = False  # a full disk does not stop jobs
+
+
+def main() -> int:
+    """Run the worker until it is told to stop; returns the exit code."""
+    try:
+        settings = load_settings()
+    except SettingsError as error:
+        print(f"parse_job.py: {error}", file=sys.stderr)
+        return 2
+    set_up_logging(settings.comfy_home / "logs")
+    worker = Worker(settings, Metadata())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: worker.stop.set())
+    worker.run()
+    logger.info("Worker on %s ends", worker.instance_id)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,311 @@
+#!/usr/bin/env python3
+"""Submits jobs: import `submit` into business code, or use the command line (`send_job.py --help`).
+
+Works when copied elsewhere with only comfy_utils.py and `env` (and the demo workflow) beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import random
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from comfy_utils import (
+    HERE,
+    MAX_MESSAGE_BYTES,
+    Capacity,
+    ComfyGoneError,
+    ComfyUI,
+    InvalidMessageError,
+    InvalidWorkflowError,
+    JobTimeoutError,
+    QueueDepth,
+    Settings,
+    SettingsError,
+    Workflow,
+    WorkflowRefusedError,
+    aws_client,
+    check_workflow,
+    error_of,
+    explain_node_errors,
+    is_job_id,
+    large_workflow_key,
+    load_settings,
+    new_job_id,
+    outputs_of,
+    own_outputs,
+    queue_depth,
+    raise_capacity,
+)
+
+DEMO_WORKFLOW = HERE / "simple_workflow.json"
+
+
+def submit(
+    workflow: Workflow,
+    *,
+    job_id: str | None = None,
+    callback_url: str | None = None,
+    env: str | None = None,
+) -> str:
+    """Send one API-format workflow to the fleet, raise its capacity, and return the job id.
+
+    The result will stand in s3://<bucket>/output/<job_id>/result.json. `env` names another environment
+    than the settings file does; `callback_url` is POSTed the result. Raises InvalidWorkflowError,
+    SettingsError, and what boto3 raises when the message could not be sent. A capacity that could not
+    be raised is no error: the job is on the queue, and the fleet's other nets start an instance.
+    """
+    return _submit({"prompt": check_workflow(workflow)}, job_id, callback_url, env)
+
+
+def submit_command(
+    command: str,
+    *,
+    job_id: str | None = None,
+    callback_url: str | None = None,
+    env: str | None = None,
+) -> str:
+    """Send a shell command, as `submit` sends a workflow. Workers refuse it outside ENV=base by default."""
+    return _submit({"exec_cmd": command}, job_id, callback_url, env)
+
+
+def _submit(body: dict[str, Any], job_id: str | None, callback_url: str | None, env: str | None) -> str:
+    sender = Sender(load_settings(env))
+    job_id = sender.send(body, job_id, callback_url)
+    sender.raise_capacity(1)
+    return job_id
+
+
+class Sender:
+    """Sends to one environment's queue."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._sqs: Any = None
+        self._queue_url = ""
+
+    def send(self, body: dict[str, Any], job_id: str | None = None, callback_url: str | None = None) -> str:
+        """Put one job on the queue and return its id. A workflow too large for a message goes by S3."""
+        job_id = job_id or new_job_id()
+        if not is_job_id(job_id):
+            raise InvalidMessageError(
+                f"job_id {job_id!r:.60} is no lowercase UUID: leave it out or use str(uuid.uuid4())"
+            )
+        extras = {"job_id": job_id} | ({"callback_url": callback_url} if callback_url else {})
+        text = json.dumps(body | extras, ensure_ascii=False)
+        if len(text.encode()) > MAX_MESSAGE_BYTES:
+            if "prompt" not in body:
+                raise InvalidMessageError(f"the command is longer than a message may be ({MAX_MESSAGE_BYTES} bytes)")
+            key = large_workflow_key(job_id)
+            payload = json.dumps(body["prompt"], ensure_ascii=False).encode()
+            aws_client("s3", self.settings.region).put_object(Bucket=self.settings.s3_bucket, Key=key, Body=payload)
+            text = json.dumps({"workflow_key": key} | extras)
+        self._queue().send_message(QueueUrl=self._queue_url, MessageBody=text)
+        return job_id
+
+    def depth(self, just_sent: int) -> QueueDepth:
+        """The queue's depth, in which what was just sent counts although SQS's counters lag."""
+        depth = queue_depth(self._queue(), self._queue_url)
+        return depth._replace(visible=max(depth.visible, just_sent))
+
+    def raise_capacity(self, just_sent: int, say: Callable[[str], None] = lambda _: None) -> Capacity | None:
+        """Raise the group to what the queue calls for, once for all jobs just sent.
+
+        None where there is no group, or where it could not be asked: the message is on its way, and
+        not being allowed to scale must not look like not having sent it.
+        """
+        try:
+            depth = self.depth(just_sent)
+            say(f"Current queue size: {depth.visible + depth.in_flight}")
+            group = aws_client("autoscaling", self.settings.region)
+            capacity = raise_capacity(group, self.settings.asg_name, depth, self.settings.backlogsize_per_instance)
+        except Exception as error:
+            say(f"Capacity was not raised: {error}")
+            return None
+        if capacity is None:
+            say(f"There is no group {self.settings.asg_name}: scaling is off")
+            return None
+        say(f"Current instance count: {capacity.before}")
+        if capacity.after > capacity.before:
+            if capacity.before == 0:
+                say("Starting first instance...")
+            say(f"Adjusted ASG capacity to {capacity.after}")
+        return capacity
+
+    def _queue(self) -> Any:
+        if self._sqs is None:
+            self._sqs = aws_client("sqs", self.settings.region)
+            self._queue_url = self._sqs.get_queue_url(QueueName=self.settings.sqs_name)["QueueUrl"]
+        return self._sqs
+
+
+# --- Workflows -------------------------------------------------------------------------------------------
+
+
+def read_workflow(path: Path) -> Workflow:
+    """Read an API-format workflow file; raises InvalidWorkflowError naming the file and the remedy."""
+    try:
+        return check_workflow(json.loads(path.read_text(encoding="utf-8")))
+    except InvalidWorkflowError as error:
+        raise InvalidWorkflowError(f"{path}: {error}") from None
+    except OSError as error:
+        raise InvalidWorkflowError(f"cannot read the workflow {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise InvalidWorkflowError(f"{path} is not JSON ({error}): export it with Save (API Format)") from None
+
+
+def set_input(workflow: Workflow, assignment: str) -> tuple[str, str]:
+    """Apply one NODE.INPUT=VALUE in place and return (node id, input name).
+
+    The value takes the type of the one it replaces: text stays text, a number must be a number; a link
+    or a list may be replaced by any JSON. Raises InvalidWorkflowError.
+    """
+    target, equals, value = assignment.partition("=")
+    node_id, dot, name = target.partition(".")
+    if not (equals and dot):
+        raise InvalidWorkflowError(f"--set {assignment}: write NODE.INPUT=VALUE, such as 6.text='a red fox'")
+    if node_id not in workflow:
+        raise InvalidWorkflowError(f"--set {target}: there is no node {node_id}; the nodes are {', '.join(workflow)}")
+    inputs = workflow[node_id].get("inputs", {})
+    if name not in inputs:
+        have = ", ".join(inputs) or "none"
+        raise InvalidWorkflowError(f"--set {target}: node {node_id} has no input {name}; its inputs are {have}")
+    inputs[name] = _like(inputs[name], value, target)
+    return node_id, name
+
+
+def _like(old: Any, text: str, target: str) -> Any:
+    if isinstance(old, str):
+        return text
+    try:
+        new = json.loads(text)
+    except ValueError:
+        new = text
+    if isinstance(old, bool) != isinstance(new, bool) and isinstance(old, bool):
+        raise InvalidWorkflowError(f"--set {target}={text}: the input is true or false")
+    if (
+        isinstance(old, int | float)
+        and (isinstance(new, bool) or not isinstance(new, int | float))
+        and not isinstance(old, bool)
+    ):
+        raise InvalidWorkflowError(f"--set {target}={text}: the input is a number, such as {old}")
+    return new
+
+
+def fresh_seeds(workflow: Workflow, keep: set[tuple[str, str]]) -> Workflow:
+    """A copy with a new random seed in every seed input but those in `keep`."""
+    fresh = copy.deepcopy(workflow)
+    for node_id, node in fresh.items():
+        for name, value in node.get("inputs", {}).items():
+            is_seed = name in {"seed", "noise_seed"} and isinstance(value, int) and not isinstance(value, bool)
+            if is_seed and (node_id, name) not in keep:
+                node["inputs"][name] = random.getrandbits(50)  # exact in JavaScript too, which reads these files
+    return fresh
+
+
+# --- Command line ----------------------------------------------------------------------------------------
+
+
+def run_direct(address: str, workflows: Sequence[Workflow], folder: Path) -> int:
+    """Run workflows on a ComfyUI at hand, without any AWS, and save their files; returns the exit code."""
+    comfy, failed = ComfyUI(address), 0
+    for workflow in workflows:
+        job_id = new_job_id()
+        try:
+            finished = comfy.run(own_outputs(workflow, job_id), job_id, timeout_s=86_400)
+            error = error_of(finished.entry)
+            files, _ = outputs_of(finished.entry)
+            for warning in explain_node_errors(finished.node_errors):
+                print(f"Dropped: {warning}", file=sys.stderr)
+            for file in files:
+                inside = Path(file.subfolder, file.filename).name
+                target = folder / job_id / inside
+                comfy.download(file, target)
+                print(f"Saved {target}")
+        except WorkflowRefusedError as refused:
+            error = refused.error
+        if error:
+            failed += 1
+            print(f"send_job.py: job {job_id} failed: {error['message']}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, checked for what belongs together."""
+    parser = argparse.ArgumentParser(
+        prog="send_job.py",
+        description="Send jobs to the fleet: a workflow saved with Save (API Format), or a shell command.",
+        epilog="example: ./send_job.py my_workflow.json --set 6.text='a red fox' --count 4 --env pro",
+    )
+    parser.add_argument("workflow", nargs="?", type=Path, metavar="WORKFLOW.json", help="default: the demo workflow")
+    parser.add_argument("--set", dest="assignments", action="append", default=[], metavar="NODE.INPUT=VALUE",
+                        help="change an input, such as 6.text='a red fox'; may be repeated")  # fmt: skip
+    parser.add_argument("--count", type=int, default=1, metavar="N", help="send N jobs, each with a fresh seed")
+    parser.add_argument("--env", metavar="NAME", help="the environment, instead of ENV in the settings")
+    parser.add_argument("--exec-cmd", metavar="CMD", help="send a shell command instead of a workflow")
+    parser.add_argument("--callback-url", metavar="URL", help="POST the result there")
+    parser.add_argument(
+        "--direct", metavar="HOST:PORT", help="run on this ComfyUI instead, without AWS, and save the files"
+    )
+    parser.add_argument(
+        "--save", type=Path, default=Path("output"), metavar="DIR", help="where --direct saves (default: output)"
+    )
+    parsed = parser.parse_args(arguments)
+    if not 1 <= parsed.count <= 100_000:
+        parser.error(f"--count {parsed.count}: send between 1 and 100000 jobs")
+    if parsed.exec_cmd is not None and (parsed.workflow or parsed.assignments or parsed.direct):
+        parser.error("--exec-cmd sends a command: leave out WORKFLOW.json, --set and --direct")
+    if parsed.exec_cmd is not None and not parsed.exec_cmd.strip():
+        parser.error("--exec-cmd is empty: name a shell command")
+    return parsed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns 0 when all was sent (with --direct: succeeded), 1 for a failure, 2 for bad input."""
+    options = parse_arguments(arguments)
+    try:
+        bodies = make_bodies(options)
+        if options.direct:
+            return run_direct(options.direct, [body["prompt"] for body in bodies], options.save)
+        sender = Sender(load_settings(options.env))
+    except (InvalidMessageError, SettingsError) as error:
+        print(f"send_job.py: {error}", file=sys.stderr)
+        return 2
+    except (ComfyGoneError, JobTimeoutError) as error:
+        print(f"send_job.py: {error}", file=sys.stderr)
+        return 1
+    sent = 0
+    try:
+        for body in bodies:
+            job_id = sender.send(body, callback_url=options.callback_url)
+            sent += 1
+            print(f"Message sent successfully: {job_id}")
+    except Exception as error:
+        queue = sender.settings.sqs_name
+        print(f"send_job.py: {sent} of {len(bodies)} jobs sent to {queue}: {error}", file=sys.stderr)
+    else:
+        print("Job submitted successfully")
+    if sent:
+        sender.raise_capacity(sent, say=print)
+    return 0 if sent == len(bodies) else 1
+
+
+def make_bodies(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The message bodies the command line asks for, all checked before the first is sent."""
+    if options.exec_cmd is not None:
+        return [{"exec_cmd": options.exec_cmd}] * options.count
+    workflow = read_workflow(options.workflow or DEMO_WORKFLOW)
+    chosen = {set_input(workflow, assignment) for assignment in options.assignments}
+    # A workflow of one's own, sent once, keeps the seed it was saved with.
+    if options.workflow and options.count == 1:
+        return [{"prompt": workflow}]
+    return [{"prompt": fresh_seeds(workflow, chosen)} for _ in range(options.count)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
