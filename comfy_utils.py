@@ -114,9 +114,10 @@ def load_settings(
     if env is not None:
         fixed["ENV"] = env
     values: dict[str, str] = {}
+    home = {"COMFY_HOME": _DEFAULTS["COMFY_HOME"]}  # other settings may refer to it
     for name, raw in [*_read_env_file(path), *_DEFAULTS.items()]:
         if name not in values:
-            values[name] = fixed[name] if name in fixed else _expand(name, raw, fixed | values, path)
+            values[name] = fixed[name] if name in fixed else _expand(name, raw, home | fixed | values, path)
     return _check(values | {n: fixed[n] for n in ("ACCOUNT_ID", "REGION") if n in fixed}, path)
 
 

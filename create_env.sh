@@ -1,14 +1,53 @@
 #!/usr/bin/env bash
 #
-# (skeleton) create_env.sh
+# Makes an environment from the base machine, or brings one up to date: image, launch template,
+# Auto Scaling group, bucket and queues.
+#
+# Usage: ./create_env.sh NAME [INSTANCE_ID] [--reboot] [--with-output]
+#
+#   NAME           the environment: lowercase letters, digits and hyphens, such as pro
+#   INSTANCE_ID    the base machine; needed only where this is not run on the base machine itself
+#   --reboot       reboot the base machine for an image that is consistent to the last byte
+#   --with-output  copy the base bucket's output/ as well
+#
+# Example: ./create_env.sh pro
+#
+# The settings are read from the file env beside this script. Running it again is safe: what is
+# there stays, changed settings are applied, an interrupted run is completed, and files that are new
+# or changed in the base bucket are copied; nothing is ever deleted. An image that the environment
+# has is used again.
 set -euo pipefail
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+# The worker (parse_job.py) answers to the hook by this name.
+LIFECYCLE_HOOK=comfy-terminating
+LIFECYCLE_SECONDS=300
+RETENTION_SECONDS=1209600 # 14 days, the longest a queue allows
+MESSAGE_BYTES=1048576     # the largest message a queue allows
+LONG_POLL_SECONDS=20
+
+# How long to wait for AWS, and how long between two looks.
+IMAGE_WAIT_SECONDS=${IMAGE_WAIT_SECONDS:-7200}
+QUEUE_WAIT_SECONDS=${QUEUE_WAIT_SECONDS:-90}
+POLL_SECONDS=${POLL_SECONDS:-10}
 
 die() {
   printf '%s: %s\n' "${0##*/}" "$*" >&2
   exit 1
 }
+
+# usage: the comment at the top of the script that was started.
+usage() {
+  sed -n '3,/^[^#]/s/^# \{0,1\}//p' "$0"
+}
+
+# report KIND NAME STATE: one aligned line for every step.
+report() {
+  printf '%-9s %-52s %s\n' "$1" "$2" "$3"
+}
+
+# --- Settings --------------------------------------------------------------------------------
 
 # load_env FILE: exports the settings in FILE. What the process environment already has wins. Only
 # lines that Bash and python-dotenv read alike are taken (comfy_utils.py checks by the same rule);
@@ -18,12 +57,12 @@ load_env() {
   local reference='\$\{([A-Z][A-Z0-9_]*)\}'
   local bare="([A-Za-z0-9_./:@%+,=-]|$reference)*"
   local quoted="\"([^\"\\\\\$\`]|$reference)*\""
-  [[ -r $file ]] || die "cannot read the settings file $file: copy env.example to it and fill it in"
+  [[ -r $file && ! -d $file ]] || die "cannot read the settings file $file: copy env.example to it and fill it in"
   while IFS= read -r line || [[ -n $line ]]; do
     number=$((number + 1))
     [[ $line =~ ^[[:space:]]*(#.*)?$ ]] && continue
-    [[ $line =~ ^([A-Z][A-Z0-9_]*)=($bare|$quoted)[[:space:]]*$ ]] ||
-      die "$file line $number (${line%%=*}) is malformed: write NAME=value or NAME=\"two words\", where only \${NAME} expands"
+    [[ $line =~ ^([A-Z][A-Z0-9_]*)=($bare|$quoted)[[:space:]]*$ ]] \
+      || die "$file line $number (${line%%=*}) is malformed: write NAME=value or NAME=\"two words\", where only \${NAME} expands"
     name=${BASH_REMATCH[1]} value=${BASH_REMATCH[2]} rest=${BASH_REMATCH[2]}
     [[ -v $name ]] && continue
     while [[ $rest =~ $reference ]]; do
@@ -33,3 +72,613 @@ load_env() {
     eval "export $name=$value"
   done <"$file"
 }
+
+# read_settings NAME: the settings as environment NAME has them. ENV is set first, so that every name
+# in the file that holds ${ENV} follows, whatever ENV the file or the caller's shell has.
+read_settings() {
+  export ENV=$1
+  load_env "$HERE/env"
+  [[ ${ACCOUNT_ID:-} =~ ^[0-9]{12}$ ]] \
+    || die "ACCOUNT_ID is '${ACCOUNT_ID:-}': set it in $HERE/env to the 12 digits of your AWS account"
+  [[ ${REGION:-} =~ ^[a-z]+(-[a-z]+)+-[0-9]+$ ]] \
+    || die "REGION is '${REGION:-}': set it in $HERE/env to your AWS region, such as us-west-2"
+  : "${PREFIX:=simple-comfy}"
+  : "${S3_BUCKET:=$PREFIX-$ACCOUNT_ID-$REGION-$ENV}"
+  : "${SQS_NAME:=$PREFIX-$ENV-queue}"
+  : "${ASG_NAME:=$PREFIX-$ENV-asg}"
+  : "${INSTANCE_TYPE:=g5.2xlarge}"
+  : "${MIN_INSTANCES:=0}"
+  : "${MAX_INSTANCES:=20}"
+  : "${COMFY_HOME:=/home/ubuntu/comfy}"
+  : "${VISIBILITY_TIMEOUT:=120}"
+  : "${MAX_RECEIVES:=3}"
+}
+
+# choose_env NAME: checks NAME and sets everything that depends on it. Called by both scripts, so
+# that they can never disagree about a name.
+choose_env() {
+  local name=$1 base setting
+  [[ -n $name ]] || die "which environment? Give its name: ${0##*/} NAME (more with --help)"
+  [[ $name =~ ^[a-z0-9]([a-z0-9-]*[a-z0-9])?$ ]] \
+    || die "the environment's name '$name' is not allowed: use lowercase letters, digits and hyphens, with a letter or digit at both ends"
+
+  # In a shell of its own, because a setting that is already set wins over the file.
+  base=$(read_settings base && printf '%s\t%s\t%s' "$S3_BUCKET" "$SQS_NAME" "$ASG_NAME")
+  # shellcheck disable=SC2034 # the loop below reads them by name
+  IFS=$'\t' read -r BASE_S3_BUCKET BASE_SQS_NAME BASE_ASG_NAME <<<"$base"
+  read_settings "$name"
+  if [[ $name != base ]]; then
+    for setting in S3_BUCKET SQS_NAME ASG_NAME; do
+      base=BASE_$setting
+      [[ ${!setting} != "${!base}" ]] \
+        || die "$setting is '${!setting}' for both base and $name: write it with \${ENV} in $HERE/env, and do not set it in your shell"
+    done
+  fi
+
+  [[ $PREFIX =~ ^[a-z0-9]([a-z0-9-]*[a-z0-9])?$ ]] \
+    || die "PREFIX is '$PREFIX': use lowercase letters, digits and hyphens in $HERE/env"
+  ((${#S3_BUCKET} <= 63)) \
+    || die "the bucket's name '$S3_BUCKET' has ${#S3_BUCKET} characters and S3 allows 63: choose a shorter name than '$name'"
+  [[ $S3_BUCKET =~ ^[a-z0-9][a-z0-9.-]+[a-z0-9]$ ]] \
+    || die "S3_BUCKET is '$S3_BUCKET': use 3 to 63 lowercase letters, digits, dots and hyphens in $HERE/env"
+  [[ $SQS_NAME =~ ^[A-Za-z0-9_-]{1,76}$ ]] \
+    || die "SQS_NAME is '$SQS_NAME': use at most 76 letters, digits, hyphens and underscores in $HERE/env"
+  [[ $ASG_NAME =~ ^[A-Za-z0-9_-]{1,100}$ ]] \
+    || die "ASG_NAME is '$ASG_NAME': use at most 100 letters, digits, hyphens and underscores in $HERE/env"
+
+  DLQ_NAME=$SQS_NAME-dlq
+  TEMPLATE_NAME=$ASG_NAME-template
+  # AWS_REGION too: AWS CLI v2 prefers it.
+  export AWS_DEFAULT_REGION=$REGION AWS_REGION=$REGION AWS_RETRY_MODE=standard AWS_PAGER=""
+}
+
+# check_number NAME LEAST MOST: refuses a setting that is not a whole number in that range.
+check_number() {
+  local name=$1 least=$2 most=$3
+  if [[ ! ${!name} =~ ^(0|[1-9][0-9]{0,8})$ ]] || ((${!name} < least || ${!name} > most)); then
+    die "$name is '${!name}': set it in $HERE/env to a whole number from $least to $most"
+  fi
+}
+
+check_fleet_settings() {
+  check_number MAX_INSTANCES 1 10000
+  check_number MIN_INSTANCES 0 "$MAX_INSTANCES"
+  check_number VISIBILITY_TIMEOUT 3 43200
+  check_number MAX_RECEIVES 1 1000
+  [[ $INSTANCE_TYPE =~ ^[a-z0-9-]+\.[a-z0-9-]+$ ]] \
+    || die "INSTANCE_TYPE is '$INSTANCE_TYPE': set it in $HERE/env to an EC2 instance type, such as g5.2xlarge"
+  [[ $COMFY_HOME == /* ]] \
+    || die "COMFY_HOME is '$COMFY_HOME': set it in $HERE/env to a folder on the base machine, starting with /"
+}
+
+# --- AWS calls -------------------------------------------------------------------------------
+
+# run_aws WHAT ARG...: a call whose answer is not needed. Dies with AWS's words when it is refused.
+run_aws() {
+  local what=$1 answer
+  shift
+  answer=$(aws "$@" 2>&1) || die "cannot $what:$(one_line "$answer")"
+}
+
+# ask_aws WHAT ARG...: prints the answer of a call. Dies after AWS's words when it is refused.
+ask_aws() {
+  local what=$1
+  shift
+  aws "$@" || die "cannot $what: see AWS's words above"
+}
+
+one_line() {
+  local text=${1//$'\n'/ }
+  printf ' %s' "${text#"${text%%[! ]*}"}"
+}
+
+# tags_json NAME: the tags of everything that belongs to the environment.
+tags_json() {
+  printf '[{"Key":"comfy-env","Value":"%s"},{"Key":"comfy-prefix","Value":"%s"},{"Key":"Name","Value":"%s"}]' \
+    "$ENV" "$PREFIX" "$1"
+}
+
+# check_account: the credentials are there and belong to ACCOUNT_ID. Sets PARTITION (aws, aws-cn ...).
+check_account() {
+  local identity account arn
+  command -v aws >/dev/null \
+    || die "the AWS CLI is not installed: install it, see https://docs.aws.amazon.com/cli/latest/userguide/getting-started-install.html"
+  identity=$(ask_aws "find out whose credentials these are; give this machine an instance profile, or run aws configure" \
+    sts get-caller-identity --query '[Account,Arn]' --output text)
+  IFS=$'\t' read -r account arn <<<"$identity"
+  [[ $account == "$ACCOUNT_ID" ]] \
+    || die "the credentials belong to account $account, but ACCOUNT_ID is $ACCOUNT_ID: correct $HERE/env or use other credentials"
+  IFS=: read -r _ PARTITION _ <<<"$arn"
+}
+
+# --- What the environment is made from ---------------------------------------------------------
+
+# find_instance_id: of the machine this runs on.
+find_instance_id() {
+  local answer
+  answer=$(cd "$HERE" && PYTHONDONTWRITEBYTECODE=1 python3 -c \
+    'from comfy_utils import Metadata; print(Metadata().get("instance-id"))' 2>&1) \
+    || die "this is not an EC2 instance, so far as can be seen (${answer##*$'\n'}): give the base machine's id, ${0##*/} $ENV i-..."
+  printf '%s' "$answer"
+}
+
+# inspect_base INSTANCE_ID: sets VPC, SECURITY_GROUPS, PROFILE, KEY_NAME and DEVICES (None where the
+# base has none).
+inspect_base() {
+  local id=$1 answer state
+  [[ $id =~ ^i-([0-9a-f]{8}|[0-9a-f]{17})$ ]] \
+    || die "'$id' is not an instance id: it looks like i-0123456789abcdef0"
+  # By a filter, not by --instance-ids: an unknown id is then an empty answer and not an error.
+  answer=$(ask_aws "look at the base machine $id" ec2 describe-instances \
+    --filters "Name=instance-id,Values=$id" \
+    --query "Reservations[0].Instances[0].[State.Name, VpcId, KeyName, IamInstanceProfile.Arn,
+      join(' ', SecurityGroups[].GroupId) || 'None', join(' ', BlockDeviceMappings[].DeviceName) || 'None']" \
+    --output text)
+  IFS=$'\t' read -r state VPC KEY_NAME PROFILE SECURITY_GROUPS DEVICES <<<"$answer"
+  [[ $state != None ]] \
+    || die "there is no instance $id in $REGION: give the id of the base machine, and check REGION in $HERE/env"
+  [[ $state == running || $state == stopped ]] \
+    || die "the instance $id is $state: an image can be made of it when it is running or stopped"
+  if [[ $PROFILE == None ]]; then
+    printf 'Warning: the base machine %s has no instance profile, so the fleet will have no AWS permissions unless its image holds credentials.\n' "$id" >&2
+  fi
+}
+
+# choose_subnets: sets SUBNETS, comma-separated, and SUBNETS_ARE. A subnet is private when its route
+# table, which is the VPC's main one where it has none of its own, has no route to an internet gateway.
+choose_subnets() {
+  local answer subnets tables gateway members subnet
+  local -A gateway_of=()
+  local -a private=()
+  answer=$(ask_aws "list the subnets of $VPC" ec2 describe-subnets \
+    --filters "Name=vpc-id,Values=$VPC" Name=state,Values=available \
+    --query 'sort(Subnets[].SubnetId)' --output text)
+  read -r -a subnets <<<"$answer"
+  ((${#subnets[@]})) || die "the base machine's VPC $VPC has no subnet that is available: make one for the fleet"
+  # One line for each table: the internet gateway or None, then the subnets that use it.
+  tables=$(ask_aws "list the route tables of $VPC" ec2 describe-route-tables \
+    --filters "Name=vpc-id,Values=$VPC" \
+    --query "RouteTables[].[Routes[?starts_with(not_null(GatewayId, ''), 'igw-')].GatewayId | [0],
+      join(' ', Associations[?SubnetId || Main].not_null(SubnetId, 'main'))]" \
+    --output text)
+  while IFS=$'\t' read -r gateway members; do
+    for subnet in $members; do
+      gateway_of[$subnet]=$gateway
+    done
+  done <<<"$tables"
+  for subnet in "${subnets[@]}"; do
+    [[ ${gateway_of[$subnet]:-${gateway_of[main]:-None}} == igw-* ]] || private+=("$subnet")
+  done
+  SUBNETS_ARE=private
+  if ((${#private[@]} == 0)); then
+    SUBNETS_ARE="no subnet is private, so all are used"
+    private=("${subnets[@]}")
+  fi
+  SUBNETS=$(
+    IFS=,
+    printf '%s' "${private[*]}"
+  )
+}
+
+check_base_bucket() {
+  local answer
+  answer=$(aws s3api head-bucket --bucket "$BASE_S3_BUCKET" --expected-bucket-owner "$ACCOUNT_ID" 2>&1) && return
+  [[ $answer == *"(404)"* ]] \
+    || die "cannot read the base machine's bucket $BASE_S3_BUCKET, see S3_BUCKET in $HERE/env:$(one_line "$answer")"
+  die "the base machine's bucket $BASE_S3_BUCKET does not exist: set up the base machine first, and check S3_BUCKET in $HERE/env"
+}
+
+# --- Queues ----------------------------------------------------------------------------------
+
+ensure_queues() {
+  local urls dlq_arn=arn:$PARTITION:sqs:$REGION:$ACCOUNT_ID:$DLQ_NAME
+  urls=$(ask_aws "list the queues" sqs list-queues --queue-name-prefix "$SQS_NAME" --query QueueUrls --output text)
+  ensure_queue "$DLQ_NAME" "$urls" ""
+  ensure_queue "$SQS_NAME" "$urls" "$dlq_arn"
+}
+
+# ensure_queue NAME URLS DLQ_ARN: URLS are the queues that exist, DLQ_ARN is empty for the
+# dead-letter queue itself.
+ensure_queue() {
+  local name=$1 urls=$2 dlq_arn=$3 url attributes
+  attributes=$(printf '"VisibilityTimeout":"%s","ReceiveMessageWaitTimeSeconds":"%s","MessageRetentionPeriod":"%s","MaximumMessageSize":"%s"' \
+    "$VISIBILITY_TIMEOUT" "$LONG_POLL_SECONDS" "$RETENTION_SECONDS" "$MESSAGE_BYTES")
+  if [[ -n $dlq_arn ]]; then
+    attributes+=$(printf ',"RedrivePolicy":"{\\"deadLetterTargetArn\\":\\"%s\\",\\"maxReceiveCount\\":\\"%s\\"}"' \
+      "$dlq_arn" "$MAX_RECEIVES")
+  fi
+  for url in $urls; do
+    [[ $url == */"$name" ]] || continue
+    if queue_is_as_wanted "$name" "$url" "$dlq_arn"; then
+      report queue "$name" "already there"
+    else
+      run_aws "change the queue $name" sqs set-queue-attributes --queue-url "$url" --attributes "{$attributes}"
+      report queue "$name" updated
+    fi
+    return
+  done
+  create_queue "$name" "{$attributes}"
+  report queue "$name" created
+}
+
+# queue_is_as_wanted NAME URL DLQ_ARN
+queue_is_as_wanted() {
+  local name=$1 url=$2 dlq_arn=$3 answer numbers redrive
+  answer=$(ask_aws "look at the queue $name" sqs get-queue-attributes --queue-url "$url" --attribute-names All \
+    --query "Attributes.[join('/', [VisibilityTimeout, ReceiveMessageWaitTimeSeconds, MessageRetentionPeriod,
+      MaximumMessageSize]), RedrivePolicy]" \
+    --output text) || exit
+  IFS=$'\t' read -r numbers redrive <<<"$answer"
+  [[ $numbers == "$VISIBILITY_TIMEOUT/$LONG_POLL_SECONDS/$RETENTION_SECONDS/$MESSAGE_BYTES" ]] || return 1
+  # AWS gives the policy back in its own spelling: with or without spaces, 3 or "3".
+  redrive=${redrive//[ \"]/}
+  [[ -z $dlq_arn || ($redrive == *"deadLetterTargetArn:$dlq_arn"[,\}]* && $redrive == *"maxReceiveCount:$MAX_RECEIVES"[,\}]*) ]]
+}
+
+# create_queue NAME ATTRIBUTES: AWS refuses a name for 60 seconds after its queue was deleted.
+create_queue() {
+  local name=$1 attributes=$2 answer deadline=$((SECONDS + QUEUE_WAIT_SECONDS)) said=no
+  until answer=$(aws sqs create-queue --queue-name "$name" --attributes "$attributes" \
+    --tags "comfy-env=$ENV,comfy-prefix=$PREFIX,Name=$name" 2>&1); do
+    [[ $answer == *QueueDeletedRecently* ]] || die "cannot create the queue $name:$(one_line "$answer")"
+    ((SECONDS < deadline)) \
+      || die "AWS still keeps the name of the deleted queue $name after $QUEUE_WAIT_SECONDS seconds: run this again in a minute"
+    [[ $said == yes ]] || report queue "$name" "deleted a moment ago: AWS frees its name within a minute, waiting"
+    said=yes
+    sleep "$POLL_SECONDS"
+  done
+}
+
+# --- Bucket ----------------------------------------------------------------------------------
+
+# ensure_bucket WITH_OUTPUT
+ensure_bucket() {
+  local with_output=$1 owner copied state="already there"
+  local -a location=() exclude=(--exclude "input/jobs/*")
+  owner=$(bucket_owner)
+  if [[ $owner == gone ]]; then
+    # S3 refuses the name of its oldest region here.
+    [[ $REGION == us-east-1 ]] || location=(--create-bucket-configuration "LocationConstraint=$REGION")
+    run_aws "create the bucket $S3_BUCKET; if another account has its name, change S3_BUCKET in $HERE/env" \
+      s3api create-bucket --bucket "$S3_BUCKET" "${location[@]}"
+    state=created
+  fi
+  [[ $owner == "$ENV" ]] || claim_bucket "$owner"
+  run_aws "block public access to the bucket $S3_BUCKET" s3api put-public-access-block --bucket "$S3_BUCKET" \
+    --public-access-block-configuration \
+    BlockPublicAcls=true,IgnorePublicAcls=true,BlockPublicPolicy=true,RestrictPublicBuckets=true
+  report bucket "$S3_BUCKET" "$state"
+
+  # input/jobs/ holds the base's own queued jobs.
+  [[ $with_output == yes ]] || exclude+=(--exclude "output/*")
+  report files "s3://$BASE_S3_BUCKET" "copying what is new ..."
+  copied=$(ask_aws "copy s3://$BASE_S3_BUCKET to s3://$S3_BUCKET (run this again: what was copied stays)" \
+    s3 sync "s3://$BASE_S3_BUCKET" "s3://$S3_BUCKET" --no-progress "${exclude[@]}")
+  report files "s3://$S3_BUCKET" "$(sed -n '/^copy: /p' <<<"$copied" | wc -l) copied"
+}
+
+# claim_bucket OWNER: the tag says that delete_env.sh may remove the bucket, so one that was made
+# elsewhere gets it only while it is empty (as it is when an earlier run was stopped right here).
+claim_bucket() {
+  local owner=$1 keys
+  case $owner in
+    gone) ;; # made a moment ago
+    None)
+      keys=$(ask_aws "list the bucket $S3_BUCKET" s3api list-objects-v2 --bucket "$S3_BUCKET" --max-keys 1 \
+        --query KeyCount --output text)
+      if ((keys)); then
+        report bucket "$S3_BUCKET" "has files but no comfy-env tag: used, but delete_env.sh will leave it alone"
+        return
+      fi
+      ;;
+    *) die "the bucket $S3_BUCKET belongs to the environment $owner: write S3_BUCKET with \${ENV} in $HERE/env" ;;
+  esac
+  run_aws "tag the bucket $S3_BUCKET" s3api put-bucket-tagging --bucket "$S3_BUCKET" \
+    --tagging "{\"TagSet\":$(tags_json "$S3_BUCKET")}"
+}
+
+# bucket_owner: the environment in the bucket's tag, None without one, `gone` without a bucket.
+bucket_owner() {
+  local answer
+  if answer=$(aws s3api get-bucket-tagging --bucket "$S3_BUCKET" --expected-bucket-owner "$ACCOUNT_ID" \
+    --query "TagSet[?Key=='comfy-env'].Value | [0]" --output text 2>&1); then
+    printf '%s' "$answer"
+  elif [[ $answer == *NoSuchTagSet* ]]; then
+    printf None
+  elif [[ $answer == *NoSuchBucket* ]]; then
+    printf gone
+  else
+    die "cannot look at the bucket $S3_BUCKET; if another account has its name, change S3_BUCKET in $HERE/env:$(one_line "$answer")"
+  fi
+}
+
+# --- Image -----------------------------------------------------------------------------------
+
+# ensure_image INSTANCE_ID REBOOT: sets IMAGE and IMAGE_STATE. The image is begun here and ends by
+# itself; the group does not need it before its first instance.
+ensure_image() {
+  local id=$1 reboot=$2 answer name device tags
+  local -a devices=()
+  answer=$(ask_aws "list the images of $ENV" ec2 describe-images --owners self \
+    --filters "Name=tag:comfy-env,Values=$ENV" "Name=tag:comfy-prefix,Values=$PREFIX" Name=state,Values=pending,available \
+    --query 'sort_by(Images, &CreationDate)[-1].[ImageId, State]' --output text)
+  read -r IMAGE IMAGE_STATE <<<"$answer"
+  if [[ $IMAGE != None ]]; then
+    report image "$IMAGE" "already there ($IMAGE_STATE)"
+    return
+  fi
+  name=$ASG_NAME-image-$(date -u +%Y%m%dT%H%M%SZ)
+  # A volume that the base keeps when it ends must not outlive every fleet instance.
+  if [[ $DEVICES != None ]]; then
+    devices=(--block-device-mappings)
+    for device in $DEVICES; do
+      devices+=("DeviceName=$device,Ebs={DeleteOnTermination=true}")
+    done
+  fi
+  tags=$(tags_json "$ASG_NAME")
+  IMAGE=$(ask_aws "make an image of $id" ec2 create-image \
+    --instance-id "$id" \
+    --name "$name" \
+    --description "comfy-on-ec2: environment $ENV, made from $id" \
+    "--$reboot" \
+    "${devices[@]}" \
+    --tag-specifications "{\"ResourceType\":\"image\",\"Tags\":$tags}" "{\"ResourceType\":\"snapshot\",\"Tags\":$tags}" \
+    --query ImageId \
+    --output text)
+  IMAGE_STATE=pending
+  report image "$IMAGE" "started ($name)"
+}
+
+# look_at_image: sets IMAGE_STATE.
+look_at_image() {
+  IMAGE_STATE=$(ask_aws "look at the image $IMAGE" ec2 describe-images --image-ids "$IMAGE" \
+    --query 'Images[0].State' --output text)
+}
+
+wait_for_image() {
+  local deadline=$((SECONDS + IMAGE_WAIT_SECONDS))
+  look_at_image
+  [[ $IMAGE_STATE != pending ]] || report image "$IMAGE" "waiting until it can be used (some minutes) ..."
+  while [[ $IMAGE_STATE == pending ]]; do
+    ((SECONDS < deadline)) \
+      || die "the image $IMAGE is still pending after $IMAGE_WAIT_SECONDS seconds: run this again later, it goes on by itself"
+    sleep "$POLL_SECONDS"
+    look_at_image
+  done
+  [[ $IMAGE_STATE == available ]] || die "the image $IMAGE is $IMAGE_STATE: run this again to make another"
+}
+
+# --- Launch template -------------------------------------------------------------------------
+
+# user_data: what a fleet instance runs at its first boot, before its services start.
+user_data() {
+  cat <<END
+#!/bin/bash
+# First boot of an instance of the environment $ENV.
+set -eu
+home=\${COMFY_HOME:-$(printf '%q' "$COMFY_HOME")}
+
+# The image holds the base machine's settings; the environment is chosen by this one line.
+if grep -q '^ENV=' "\$home/env"; then
+  sed -i --follow-symlinks 's/^ENV=.*/ENV=$ENV/' "\$home/env"
+else
+  sed -i --follow-symlinks '1i ENV=$ENV' "\$home/env"
+fi
+
+# The image holds the base machine's logs too, which must not be uploaded as this instance's.
+rm -rf -- "\${home:?}/logs"/*
+END
+}
+
+template_data() {
+  local data tags group ids=""
+  tags=$(tags_json "$PREFIX-$ENV")
+  data="{\"ImageId\":\"$IMAGE\",\"InstanceType\":\"$INSTANCE_TYPE\""
+  data+=',"MetadataOptions":{"HttpEndpoint":"enabled","HttpTokens":"required","HttpPutResponseHopLimit":1}'
+  data+=",\"TagSpecifications\":[{\"ResourceType\":\"instance\",\"Tags\":$tags},{\"ResourceType\":\"volume\",\"Tags\":$tags}]"
+  if [[ $SECURITY_GROUPS != None ]]; then
+    for group in $SECURITY_GROUPS; do
+      ids+=",\"$group\""
+    done
+    data+=",\"SecurityGroupIds\":[${ids#,}]"
+  fi
+  [[ $PROFILE == None ]] || data+=",\"IamInstanceProfile\":{\"Arn\":\"$PROFILE\"}"
+  [[ $KEY_NAME == None ]] || data+=",\"KeyName\":\"$KEY_NAME\""
+  data+=",\"UserData\":\"$(user_data | base64 -w 0)\"}"
+  printf '%s' "$data"
+}
+
+# ensure_template: a version's description holds a digest of its data, which is how the next run
+# sees whether the settings have changed.
+ensure_template() {
+  local data digest answer version is_default found="" description
+  data=$(template_data)
+  digest=$(sha256sum <<<"$data")
+  description="comfy-on-ec2 $ENV ${digest:0:16}"
+  if ! answer=$(aws ec2 describe-launch-template-versions --launch-template-name "$TEMPLATE_NAME" \
+    --query "LaunchTemplateVersions[?VersionDescription=='$description'].[VersionNumber, DefaultVersion]" \
+    --output text 2>&1); then
+    [[ $answer == *NotFound* ]] || die "cannot look at the launch template $TEMPLATE_NAME:$(one_line "$answer")"
+    run_aws "create the launch template $TEMPLATE_NAME" ec2 create-launch-template \
+      --launch-template-name "$TEMPLATE_NAME" \
+      --version-description "$description" \
+      --launch-template-data "$data" \
+      --tag-specifications "{\"ResourceType\":\"launch-template\",\"Tags\":$(tags_json "$ASG_NAME")}"
+    report template "$TEMPLATE_NAME" created
+    return
+  fi
+  while read -r version is_default; do
+    [[ $is_default != True ]] || break
+    found=${found:-$version}
+  done <<<"$answer"
+  if [[ $is_default == True ]]; then
+    report template "$TEMPLATE_NAME" "already there"
+    return
+  fi
+  if [[ -z $found ]]; then
+    found=$(ask_aws "add a version to the launch template $TEMPLATE_NAME" ec2 create-launch-template-version \
+      --launch-template-name "$TEMPLATE_NAME" \
+      --version-description "$description" \
+      --launch-template-data "$data" \
+      --query LaunchTemplateVersion.VersionNumber \
+      --output text)
+  fi
+  run_aws "make version $found of the launch template $TEMPLATE_NAME its default" ec2 modify-launch-template \
+    --launch-template-name "$TEMPLATE_NAME" \
+    --default-version "$found"
+  report template "$TEMPLATE_NAME" "updated (version $found)"
+}
+
+# --- Group -----------------------------------------------------------------------------------
+
+# ensure_group: sets INSTANCES, the capacity the group is to have now.
+ensure_group() {
+  local answer min max subnets template protected suspended status state="already there" most=$MAX_INSTANCES
+  # $Default, not $Latest: a version counts only once it was made the default, which is also how to
+  # go back to an older one.
+  local launch="LaunchTemplateName=$TEMPLATE_NAME,Version=\$Default"
+  answer=$(ask_aws "look at the group $ASG_NAME" autoscaling describe-auto-scaling-groups \
+    --auto-scaling-group-names "$ASG_NAME" \
+    --query "AutoScalingGroups[0].[MinSize, MaxSize, DesiredCapacity, VPCZoneIdentifier || 'None',
+      LaunchTemplate.join(':', [LaunchTemplateName, Version]), NewInstancesProtectedFromScaleIn,
+      SuspendedProcesses[?ProcessName=='AZRebalance'].ProcessName | [0], Status]" \
+    --output text)
+  IFS=$'\t' read -r min max INSTANCES subnets template protected suspended status <<<"$answer"
+  if [[ $min == None ]]; then
+    create_group "$launch"
+    INSTANCES=$MIN_INSTANCES suspended=None state=created
+  elif [[ $status == Delete* ]]; then
+    die "the group $ASG_NAME is being deleted: wait until ./delete_env.sh $ENV has ended, then run this again"
+  else
+    # AWS would lower the desired capacity to a smaller maximum, and with it take busy instances.
+    if ((most < INSTANCES)); then
+      most=$INSTANCES
+      report group "$ASG_NAME" "$INSTANCES instances are wanted: maximum $MAX_INSTANCES cannot be set yet, run this again later"
+    fi
+    if [[ $min/$max/$template/$protected != "$MIN_INSTANCES/$most/$TEMPLATE_NAME:\$Default/True" ||
+      $(sorted "$subnets") != "$(sorted "$SUBNETS")" ]]; then
+      run_aws "change the group $ASG_NAME" autoscaling update-auto-scaling-group \
+        --auto-scaling-group-name "$ASG_NAME" \
+        --launch-template "$launch" \
+        --min-size "$MIN_INSTANCES" \
+        --max-size "$most" \
+        --vpc-zone-identifier "$SUBNETS" \
+        --new-instances-protected-from-scale-in
+      INSTANCES=$((INSTANCES > MIN_INSTANCES ? INSTANCES : MIN_INSTANCES)) state=updated
+    fi
+    if ! hook_is_as_wanted; then
+      run_aws "set the lifecycle hook of $ASG_NAME" autoscaling put-lifecycle-hook \
+        --auto-scaling-group-name "$ASG_NAME" \
+        --lifecycle-hook-name "$LIFECYCLE_HOOK" \
+        --lifecycle-transition autoscaling:EC2_INSTANCE_TERMINATING \
+        --heartbeat-timeout "$LIFECYCLE_SECONDS" \
+        --default-result CONTINUE
+      state=updated
+    fi
+  fi
+  # Rebalancing zones would end a busy instance to start another elsewhere.
+  if [[ $suspended == None ]]; then
+    run_aws "suspend rebalancing in the group $ASG_NAME" autoscaling suspend-processes \
+      --auto-scaling-group-name "$ASG_NAME" \
+      --scaling-processes AZRebalance
+    [[ $state == created ]] || state=updated
+  fi
+  report group "$ASG_NAME" "$state"
+}
+
+# create_group LAUNCH_TEMPLATE: with its hook, so that no instance can ever end without it.
+create_group() {
+  local launch=$1 answer
+  local -a command=(aws autoscaling create-auto-scaling-group
+    --auto-scaling-group-name "$ASG_NAME"
+    --launch-template "$launch"
+    --min-size "$MIN_INSTANCES"
+    --max-size "$MAX_INSTANCES"
+    --desired-capacity "$MIN_INSTANCES"
+    --vpc-zone-identifier "$SUBNETS"
+    --health-check-type EC2
+    --new-instances-protected-from-scale-in
+    --lifecycle-hook-specification-list
+    "LifecycleHookName=$LIFECYCLE_HOOK,LifecycleTransition=autoscaling:EC2_INSTANCE_TERMINATING,HeartbeatTimeout=$LIFECYCLE_SECONDS,DefaultResult=CONTINUE"
+    --tags
+    "Key=comfy-env,Value=$ENV,PropagateAtLaunch=false"
+    "Key=comfy-prefix,Value=$PREFIX,PropagateAtLaunch=false"
+    "Key=Name,Value=$ASG_NAME,PropagateAtLaunch=false")
+  ((MIN_INSTANCES == 0)) || wait_for_image
+  answer=$("${command[@]}" 2>&1) && return
+  # AWS tries the template first and may refuse an image that is not ready.
+  [[ $IMAGE_STATE == pending ]] || die "cannot create the group $ASG_NAME:$(one_line "$answer")"
+  wait_for_image
+  answer=$("${command[@]}" 2>&1) || die "cannot create the group $ASG_NAME:$(one_line "$answer")"
+}
+
+hook_is_as_wanted() {
+  local answer
+  answer=$(ask_aws "look at the lifecycle hook of $ASG_NAME" autoscaling describe-lifecycle-hooks \
+    --auto-scaling-group-name "$ASG_NAME" \
+    --lifecycle-hook-names "$LIFECYCLE_HOOK" \
+    --query "LifecycleHooks[].join(' ', [LifecycleTransition, to_string(HeartbeatTimeout), DefaultResult])" \
+    --output text) || exit
+  [[ $answer == "autoscaling:EC2_INSTANCE_TERMINATING $LIFECYCLE_SECONDS CONTINUE" ]]
+}
+
+# sorted LIST: a comma-separated list in a fixed order.
+sorted() {
+  tr , '\n' <<<"$1" | sort
+}
+
+# --- Main ------------------------------------------------------------------------------------
+
+summarise() {
+  printf '\nEnvironment %s is ready: %s wanted now, %s to %s %s as jobs come and go.\n' \
+    "$ENV" "$(instances "$INSTANCES")" "$MIN_INSTANCES" "$MAX_INSTANCES" "$INSTANCE_TYPE"
+  if ((MIN_INSTANCES == 0)); then
+    printf 'Idle, it costs no instance: only the storage of its files and its image.\n'
+  else
+    printf 'Idle, it costs %s day and night, because MIN_INSTANCES is %s.\n' "$(instances "$MIN_INSTANCES")" "$MIN_INSTANCES"
+  fi
+  [[ $IMAGE_STATE != pending ]] \
+    || printf 'The image goes on by itself; jobs can be sent now and are run once it is available.\n'
+  printf 'Next: ./send_job.py --env %s\n' "$ENV"
+}
+
+instances() {
+  if (($1 == 1)); then printf '1 instance'; else printf '%s instances' "$1"; fi
+}
+
+main() {
+  local name="" id="" reboot=no-reboot with_output=no
+  while (($#)); do
+    case $1 in
+      -h | --help) usage && exit ;;
+      --reboot) reboot=reboot ;;
+      --with-output) with_output=yes ;;
+      -*) die "the option '$1' is not known: see --help" ;;
+      *)
+        if [[ -z $name ]]; then name=$1; elif [[ -z $id ]]; then id=$1; else die "the argument '$1' is one too many: see --help"; fi
+        ;;
+    esac
+    shift
+  done
+  [[ $name != base ]] || die "base is the machine that environments are made from: choose another name, such as pro"
+  choose_env "$name"
+  check_fleet_settings
+  check_account
+  [[ -n $id ]] || id=$(find_instance_id)
+  inspect_base "$id"
+  choose_subnets
+  check_base_bucket
+
+  printf 'Environment %s from the base machine %s, in %s of account %s\n' "$ENV" "$id" "$REGION" "$ACCOUNT_ID"
+  report subnets "$SUBNETS" "$SUBNETS_ARE"
+  ensure_queues
+  ensure_image "$id" "$reboot"
+  ensure_bucket "$with_output"
+  ensure_template
+  ensure_group
+  summarise
+}
+
+if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
+  main "$@"
+fi

@@ -14,17 +14,17 @@ die() {
 prepare_venv() {
   local root=$1 python=${PYTHON:-python3} venv=$1/tests/.venv stamp
   command -v "$python" >/dev/null || die "$python is not installed: install Python 3.11 or newer (Ubuntu: apt install python3 python3-venv)"
-  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-    die "$("$python" -V) is too old: install Python 3.11 or newer, or name one with PYTHON=python3.12"
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+    || die "$("$python" -V) is too old: install Python 3.11 or newer, or name one with PYTHON=python3.12"
   stamp=$("$python" -V && cksum <"$root/tests/requirements.txt")
   if [[ ! -f $venv/stamp || $(<"$venv/stamp") != "$stamp" ]]; then
-    "$python" -c 'import ensurepip, venv' 2>/dev/null ||
-      die "Python's venv module is missing: install python3-venv (Ubuntu: apt install python3-venv)"
+    "$python" -c 'import ensurepip, venv' 2>/dev/null \
+      || die "Python's venv module is missing: install python3-venv (Ubuntu: apt install python3-venv)"
     printf 'Installing the test tools into tests/.venv (once, about a minute) ...\n'
     rm -rf "$venv"
     "$python" -m venv "$venv" || die "cannot make the virtual environment $venv: see the message above"
-    "$venv/bin/pip" install --quiet --disable-pip-version-check -r "$root/tests/requirements.txt" ||
-      die "cannot install tests/requirements.txt: is the Python package index reachable from here?"
+    "$venv/bin/pip" install --quiet --disable-pip-version-check -r "$root/tests/requirements.txt" \
+      || die "cannot install tests/requirements.txt: is the Python package index reachable from here?"
     printf '%s\n' "$stamp" >"$venv/stamp"
   fi
   PATH=$root/tests/bin:$venv/bin:$PATH

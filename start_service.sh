@@ -1,0 +1,309 @@
+#!/usr/bin/env bash
+#
+# Starts one of an instance's two services. systemd runs it (see systemd/), on the base machine
+# and on every fleet instance alike.
+#
+# Usage: start_service.sh comfyui | comfy-manage
+#
+#   comfyui       mounts the bucket at s3/, copies the models to local disk where
+#                 COPY_MODEL_TO_LOCAL asks for it, links ComfyUI's models/, input/ and output/,
+#                 then becomes ComfyUI, which logs to logs/comfyui.log as well
+#   comfy-manage  waits until ComfyUI answers, then becomes the worker, parse_job.py
+#
+# Example: ./start_service.sh comfyui
+#
+# Both first wait for cloud-init, whose user data writes ENV into the file `env` at first boot,
+# and only then read `env`. Everything done already is found and left as it is, so a restart is
+# always safe. Only a blank instance store is ever formatted.
+set -euo pipefail
+
+# shellcheck source=create_env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/create_env.sh" # die, load_env
+
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+INSTANCE_STORE_MODEL="Amazon EC2 NVMe Instance Storage"
+INSTANCE_STORE_LABEL=comfy-local
+COPY_TRIES=3
+COPY_PAUSE_SECONDS=${COPY_PAUSE_SECONDS:-10}
+LOG_LIMIT_BYTES=$((50 * 1024 * 1024))
+WAIT_REPORT_SECONDS=${WAIT_REPORT_SECONDS:-30}
+
+usage() {
+  sed -n '2,/^set -/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+}
+
+say() {
+  printf '%s: %s\n' "${0##*/}" "$*"
+}
+
+# --- Settings --------------------------------------------------------------------------------
+
+wait_for_cloud_init() {
+  local code=0
+  command -v cloud-init >/dev/null || return 0
+  cloud-init status --wait >/dev/null || code=$?
+  # 2: cloud-init finished, with errors it recovered from. Anything else may mean that the ENV line
+  # was never written, and then this instance would take the base machine's jobs.
+  ((code == 0 || code == 2)) \
+    || die "cloud-init failed (exit code $code), so ENV in $HERE/env cannot be trusted: see 'cloud-init status --long', mend it and reboot"
+}
+
+# check_setting NAME PATTERN ALLOWED: refuses a value that does not match.
+check_setting() {
+  [[ ${!1} =~ ^($2)$ ]] || die "$1=${!1} in $HERE/env is not allowed: use $3"
+}
+
+load_settings() {
+  local listen=127.0.0.1
+  # Other settings may refer to ${COMFY_HOME}, so it is set first, unless `env` does it.
+  grep -qs '^COMFY_HOME=' "$HERE/env" || export COMFY_HOME=${COMFY_HOME:-$HERE}
+  load_env "$HERE/env"
+  [[ -n ${REGION:-} ]] || die "REGION is not set in $HERE/env: write for example REGION=us-west-2"
+  [[ -n ${S3_BUCKET:-} ]] || die "S3_BUCKET is not set in $HERE/env: copy its line from env.example"
+  export AWS_DEFAULT_REGION=$REGION AWS_REGION=$REGION
+  export ENV=${ENV:-base} COMFY_ADDRESS=${COMFY_ADDRESS:-127.0.0.1:8188}
+  COPY_MODEL_TO_LOCAL=${COPY_MODEL_TO_LOCAL:-}
+  # ComfyUI has no login: only the base machine opens it, to designers behind its security group.
+  [[ $ENV != base ]] || listen=0.0.0.0
+  COMFY_LISTEN=${COMFY_LISTEN:-$listen}
+  check_setting ENV '[a-z0-9-]+' "lowercase letters, digits and hyphens"
+  check_setting COMFY_ADDRESS '[A-Za-z0-9.-]+:[0-9]+' "HOST:PORT, for example 127.0.0.1:8188"
+  check_setting COPY_MODEL_TO_LOCAL '|awscli|s5cmd' "awscli, s5cmd or nothing"
+  [[ -d $COMFY_HOME ]] || die "COMFY_HOME=$COMFY_HOME is not a folder: correct it in $HERE/env"
+  COMFY_HOME=$(cd "$COMFY_HOME" && pwd)
+  MOUNT=$COMFY_HOME/s3
+  LOCAL=$COMFY_HOME/local
+}
+
+need_command() {
+  command -v "$1" >/dev/null || die "cannot run $1 (PATH is $PATH): $2"
+}
+
+# --- comfyui: the bucket ---------------------------------------------------------------------
+
+mount_bucket() {
+  local answer
+  # A killed mount-s3 leaves a mount that answers every call with this error.
+  if ! answer=$(LC_ALL=C stat "$MOUNT" 2>&1) && [[ $answer == *"Transport endpoint is not connected"* ]]; then
+    say "$MOUNT is a dead mount: unmounting it"
+    fusermount -uz "$MOUNT" || die "cannot unmount the dead mount $MOUNT: try 'sudo umount --lazy $MOUNT'"
+  fi
+  mkdir -p "$MOUNT"
+  if mountpoint -q "$MOUNT"; then
+    say "$MOUNT is mounted already"
+    return
+  fi
+  need_command mount-s3 "install Mountpoint for Amazon S3"
+  # Region and endpoint reach it by AWS_REGION and AWS_ENDPOINT_URL.
+  mount-s3 --allow-delete --allow-overwrite "$S3_BUCKET" "$MOUNT" \
+    || die "cannot mount the bucket $S3_BUCKET at $MOUNT: see the message above; does the bucket exist, and may this instance's role use it?"
+}
+
+# link_folder NAME TARGET: makes ComfyUI/NAME a link to TARGET, unless somebody has put something
+# of their own there.
+link_folder() {
+  local link=$COMFY_HOME/ComfyUI/$1 target=$2 home now
+  home=$(realpath "$COMFY_HOME")
+  mkdir -p "$target"
+  if [[ -L $link ]]; then
+    now=$(realpath --canonicalize-missing "$link")
+    [[ $now != "$(realpath "$target")" ]] || return 0
+    if [[ $now/ != "$home"/s3/* && $now/ != "$home"/local/* ]]; then
+      say "$link points to $now: left alone"
+      return
+    fi
+    rm "$link"
+  elif [[ -d $link ]] && ! rmdir "$link" 2>/dev/null; then
+    say "$link is a folder with files in it: left alone (to share them, move them to $target and start again)"
+    return
+  fi
+  # A relative link stays right when the whole folder is moved or copied.
+  ln --symbolic --relative "$target" "$link"
+  say "$link now points to $target"
+}
+
+# --- comfyui: models on local disk -----------------------------------------------------------
+
+# is_blank DEVICE: no partitions, no file system, not mounted; and a look at the disk itself finds
+# no signature either. In doubt: not blank.
+is_blank() {
+  local rows found
+  mapfile -t rows < <(lsblk --noheadings --output NAME,FSTYPE,LABEL,MOUNTPOINT "$1")
+  [[ ${#rows[@]} == 1 && ${rows[0]} =~ ^[^[:space:]]+[[:space:]]*$ ]] || return 1
+  found=$(sudo -n wipefs "$1" </dev/null) || return 1
+  [[ -z $found ]]
+}
+
+# find_instance_store: prints the first instance store that carries our label or, failing that,
+# is blank; fails when there is none.
+find_instance_store() {
+  local device model blank=
+  command -v lsblk >/dev/null || return 1
+  while read -r device model; do
+    [[ $model == "$INSTANCE_STORE_MODEL" ]] || continue
+    if [[ $(lsblk --nodeps --noheadings --raw --output LABEL,MOUNTPOINT "$device") =~ ^${INSTANCE_STORE_LABEL}[[:space:]]*$ ]]; then
+      printf '%s\n' "$device"
+      return
+    fi
+    if [[ -z $blank ]] && is_blank "$device"; then blank=$device; fi
+  done < <(lsblk --nodeps --noheadings --paths --output NAME,MODEL)
+  [[ -n $blank ]] && printf '%s\n' "$blank"
+}
+
+# prepare_local_disk: mounts the instance store at local/, if there is one we may use; otherwise
+# local/ is a folder on the root disk.
+prepare_local_disk() {
+  local device
+  mkdir -p "$LOCAL"
+  if mountpoint -q "$LOCAL"; then
+    say "$LOCAL is mounted already"
+  elif ! device=$(find_instance_store); then
+    say "no free instance store here: models are copied to the root disk"
+  elif mount_instance_store "$device"; then
+    say "the instance store $device is mounted at $LOCAL"
+  else
+    say "cannot use the instance store $device (see above): models are copied to the root disk"
+  fi
+}
+
+mount_instance_store() {
+  if is_blank "$1"; then
+    say "formatting the blank instance store $1"
+    sudo -n mkfs.ext4 -q -L "$INSTANCE_STORE_LABEL" "$1" || return
+  fi
+  sudo -n mount -o noatime "$1" "$LOCAL" && sudo -n chown "$(id -u):$(id -g)" "$LOCAL"
+}
+
+# fetch_models: makes local/models what s3://…/models/ is. A model that was removed from the bucket
+# goes from a fleet instance too. It stays on the base machine, where a designer may have put into
+# this very folder a model that is nowhere else.
+fetch_models() {
+  local source=s3://$S3_BUCKET/models/ target=$LOCAL/models endpoint=() delete=()
+  # s5cmd and older AWS CLIs do not read this variable.
+  [[ -z ${AWS_ENDPOINT_URL:-} ]] || endpoint=(--endpoint-url "$AWS_ENDPOINT_URL")
+  [[ $ENV == base ]] || delete=(--delete)
+  if [[ $COPY_MODEL_TO_LOCAL == awscli ]]; then
+    # Without --exact-timestamps a model replaced by one of the same size is not noticed.
+    aws "${endpoint[@]}" s3 sync --exact-timestamps --no-progress "${delete[@]}" "$source" "$target"
+    return
+  fi
+  # s5cmd is fast, but when it cannot list the bucket it exits with 0, and with --delete it then
+  # removes what is here (seen in 2.3.0). So: --exit-on-error, which fails on an empty folder, hence
+  # the file; and the AWS CLI has the last word on what is there and what must go.
+  touch "$target/.s5cmd" \
+    && s5cmd "${endpoint[@]}" sync --exit-on-error "$source*" "$target/" \
+    && aws "${endpoint[@]}" s3 sync --size-only --no-progress "${delete[@]}" "$source" "$target"
+}
+
+copy_models() {
+  local try models=$COMFY_HOME/ComfyUI/models
+  need_command aws "install the AWS CLI"
+  [[ $COPY_MODEL_TO_LOCAL != s5cmd ]] || need_command s5cmd "install s5cmd 2.2 or newer, or set COPY_MODEL_TO_LOCAL=awscli"
+  prepare_local_disk
+  mkdir -p "$LOCAL/models"
+  say "copying s3://$S3_BUCKET/models/ to $LOCAL/models"
+  for ((try = 1; ; try++)); do
+    if fetch_models; then break; fi
+    ((try < COPY_TRIES)) \
+      || die "cannot copy s3://$S3_BUCKET/models/ to $LOCAL/models in $COPY_TRIES tries: see the messages above; is the disk full (df -h $LOCAL)?"
+    say "copying the models failed: trying again in $COPY_PAUSE_SECONDS s"
+    sleep "$COPY_PAUSE_SECONDS"
+  done
+  if [[ -d $models && ! -L $models ]] && ! rmdir "$models" 2>/dev/null; then
+    say "moving the folder $models aside to models.before-copy"
+    mv --backup=numbered --no-target-directory "$models" "$models.before-copy"
+  fi
+}
+
+# --- comfyui: the server ---------------------------------------------------------------------
+
+# log_to FILE: from here on output goes to FILE as well. ComfyUI matters more than its log: an
+# unwritable folder only costs the file, and tee goes on when the disk is full. tee ignores
+# SIGTERM so that it hears ComfyUI's last words; it ends when ComfyUI does.
+log_to() {
+  local file=$1
+  if ! mkdir -p "${file%/*}" 2>/dev/null || ! touch "$file" 2>/dev/null; then
+    say "cannot write $file: going on without it"
+    return
+  fi
+  if (($(stat --format %s "$file") > LOG_LIMIT_BYTES)); then mv --force "$file" "$file.1"; fi
+  exec > >(trap '' TERM && exec tee --append --output-error=warn-nopipe "$file") 2>&1
+}
+
+start_comfyui() {
+  local arguments extra python=${COMFYUI_PYTHON:-$COMFY_HOME/venv/bin/python}
+  log_to "$COMFY_HOME/logs/comfyui.log"
+  [[ -f $COMFY_HOME/ComfyUI/main.py ]] || die "there is no ComfyUI in $COMFY_HOME/ComfyUI: install it there, or set COMFY_HOME in $HERE/env"
+  need_command "$python" "make the virtual environment, or set COMFYUI_PYTHON in $HERE/env"
+  mount_bucket
+  if [[ -n $COPY_MODEL_TO_LOCAL ]]; then
+    copy_models
+    link_folder models "$LOCAL/models"
+  else
+    link_folder models "$MOUNT/models"
+  fi
+  link_folder input "$MOUNT/input"
+  link_folder output "$MOUNT/output"
+
+  arguments=(--listen "$COMFY_LISTEN" --port "${COMFY_ADDRESS##*:}")
+  if [[ $ENV != base ]]; then
+    # The worker uploads from here; on the base machine designers see output/ in the bucket.
+    mkdir -p "$COMFY_HOME/job-output"
+    arguments+=(--output-directory "$COMFY_HOME/job-output")
+  fi
+  read -ra extra <<<"${COMFYUI_ARGS:-}"
+  cd "$COMFY_HOME/ComfyUI"
+  export PYTHONUNBUFFERED=1 # or the log lags behind by a pipe's buffer
+  say "starting ComfyUI for ENV=$ENV on $COMFY_LISTEN:${COMFY_ADDRESS##*:}"
+  exec "$python" main.py "${arguments[@]}" "${extra[@]}"
+}
+
+# --- comfy-manage ----------------------------------------------------------------------------
+
+# comfyui_answers HOST PORT: GET /system_stats is answered with 200. In Bash alone, because a
+# machine need not have curl.
+comfyui_answers() (
+  exec 3<>"/dev/tcp/$1/$2" || exit 1
+  printf 'GET /system_stats HTTP/1.0\r\nHost: %s:%s\r\n\r\n' "$1" "$2" >&3
+  IFS= read -r -t 5 status <&3 && [[ $status =~ ^HTTP/[0-9.]+\ 200\  ]]
+) 2>/dev/null
+
+start_worker() {
+  local python=$COMFY_HOME/venv/bin/python host=${COMFY_ADDRESS%:*} port=${COMFY_ADDRESS##*:}
+  local report=$WAIT_REPORT_SECONDS
+  need_command "$python" "make the virtual environment and install requirements.txt in it"
+  [[ -f $COMFY_HOME/parse_job.py ]] || die "there is no parse_job.py in $COMFY_HOME: set COMFY_HOME in $HERE/env to the folder of the scripts"
+  # No time limit: copying models may take long, and systemd restarts a ComfyUI that fails.
+  SECONDS=0
+  until comfyui_answers "$host" "$port"; do
+    if ((SECONDS >= report)); then
+      say "waiting for ComfyUI on $COMFY_ADDRESS, $SECONDS s so far"
+      report=$((SECONDS + WAIT_REPORT_SECONDS))
+    fi
+    sleep 0.2
+  done
+  say "ComfyUI answers on $COMFY_ADDRESS: starting the worker for ENV=$ENV"
+  cd "$COMFY_HOME"
+  exec "$python" parse_job.py
+}
+
+main() {
+  case $#:${1:-} in
+    1:-h | 1:--help)
+      usage
+      return
+      ;;
+    1:comfyui | 1:comfy-manage) ;;
+    *)
+      usage >&2
+      exit 2
+      ;;
+  esac
+  wait_for_cloud_init
+  load_settings
+  if [[ $1 == comfyui ]]; then start_comfyui; else start_worker; fi
+}
+
+if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
+  main "$@"
+fi

@@ -1,0 +1,261 @@
+#!/usr/bin/env python3
+"""The story that demo.sh tells. Every claim it prints has been checked; it exits non-zero when one fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from local_cloud import ACCOUNT_ID, REGION, TESTS, LocalCloud, Machine
+
+ROOT = TESTS.parent
+OUTPUT = ROOT / "demo-output"
+JOBS = 6
+CHECKPOINT = "v1-5-pruned-emaonly-fp16.safetensors"
+BASE_BUCKET = f"simple-comfy-{ACCOUNT_ID}-{REGION}-base"
+BUCKET = f"simple-comfy-{ACCOUNT_ID}-{REGION}-pro"
+GROUP = "simple-comfy-pro-asg"
+BUNDLE = ["create_env.sh", "delete_env.sh", "start_service.sh", "send_job.py", "parse_job.py", "comfy_utils.py",
+          "simple_workflow.json", "systemd"]  # fmt: skip
+
+
+class DemoError(Exception):
+    """A claim that turned out false."""
+
+
+def tell(text: str) -> None:
+    """One line of the story."""
+    print(text, flush=True)
+
+
+def check(claim: str, truth: bool, detail: object = "") -> None:
+    """Print a claim that holds; raise DemoError for one that does not."""
+    if not truth:
+        raise DemoError(f"{claim}: not so. {detail}")
+    tell(f"   ✓ {claim}")
+
+
+def await_that(what: str, condition: Callable[[], Any], limit_s: float = 120) -> Any:
+    """Wait until the condition holds and return its value."""
+    deadline = time.monotonic() + limit_s
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            raise DemoError(f"{what}: still not so after {limit_s:.0f} s")
+        time.sleep(0.2)
+    return value
+
+
+def make_base_folder(folder: Path) -> None:
+    """The base machine's /home/ubuntu/comfy: the bundle, its env, ComfyUI and a venv."""
+    folder.mkdir(parents=True)
+    for name in BUNDLE:
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copy2)(source, folder / name)
+    settings = (ROOT / "env.example").read_text().replace("SCALE_COOLDOWN=180", "SCALE_COOLDOWN=5")
+    (folder / "venv").symlink_to(TESTS / ".venv")
+    (folder / "logs").mkdir()
+    (folder / "logs/parse_job.log").write_text("The base machine's own log.\n")
+    comfyui = os.environ.get("COMFYUI_DIR")
+    if comfyui:
+        real = Path(comfyui).expanduser().resolve()
+        if not (real / "main.py").is_file():
+            raise DemoError(f"COMFYUI_DIR={comfyui}: there is no main.py, name the folder of a ComfyUI")
+        skip = shutil.ignore_patterns(".git", "models", "input", "output", "temp", "user", "__pycache__")
+        shutil.copytree(real, folder / "ComfyUI", symlinks=True, ignore=skip)
+        if (real / "comfy/ldm/models").is_dir():  # skipped by its name, but it is code
+            shutil.copytree(real / "comfy/ldm/models", folder / "ComfyUI/comfy/ldm/models")
+        (folder / "ComfyUI/models").symlink_to(real / "models")
+        python = os.environ.get("COMFYUI_PYTHON", str(TESTS / ".venv/bin/python"))
+        settings += f'\nCOMFYUI_PYTHON={python}\nCOMFYUI_ARGS="{os.environ.get("COMFYUI_ARGS", "")}"\n'
+    else:
+        (folder / "ComfyUI").mkdir()
+        shutil.copy2(TESTS / "comfyui_standin.py", folder / "ComfyUI/main.py")
+        shutil.copy2(TESTS / "recordings.json", folder / "ComfyUI")
+    (folder / "env").write_text(settings)
+
+
+def fill_base_bucket(s3: Any) -> None:
+    """What the designers' bucket holds: a model, and an old output that production does not need."""
+    s3.create_bucket(Bucket=BASE_BUCKET, CreateBucketConfiguration={"LocationConstraint": REGION})
+    s3.put_object(Bucket=BASE_BUCKET, Key=f"models/checkpoints/{CHECKPOINT}", Body=b"a stand-in for 2 GB of weights")
+    s3.put_object(Bucket=BASE_BUCKET, Key="input/example.png", Body=b"")
+    s3.put_object(Bucket=BASE_BUCKET, Key="output/old.png", Body=b"")
+
+
+def run_on_base(folder: Path, environment: dict[str, str], *command: str) -> list[str]:
+    """Run one of the shipped scripts on the base machine, show and return what it prints."""
+    tell(f"\n$ {' '.join(command)}")
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line.rstrip())
+        tell(f"   {lines[-1]}")
+    if process.wait() != 0:
+        raise DemoError(f"{command[0]} ended with exit code {process.returncode}")
+    return lines
+
+
+def watch_jobs(cloud: LocalCloud, job_ids: list[str]) -> dict[str, dict[str, Any]]:
+    """Show a bar until every job has its receipt; return the receipts."""
+    s3 = cloud.client("s3")
+    results: dict[str, dict[str, Any]] = {}
+    started, shown = time.monotonic(), ""
+    while len(results) < len(job_ids):
+        for job_id in job_ids:
+            if job_id not in results:
+                try:
+                    body = s3.get_object(Bucket=BUCKET, Key=f"output/{job_id}/result.json")["Body"].read()
+                except s3.exceptions.NoSuchKey:
+                    continue
+                results[job_id] = json.loads(body)
+        done = len(results)
+        fleet = [machine for machine in fleet_of(cloud) if machine.is_on()]
+        working = sum("comfy-manage" in machine.state()["services"] for machine in fleet)
+        bar = "█" * (30 * done // len(job_ids))
+        line = f"   [{bar:░<30}] {done}/{len(job_ids)} jobs done · {len(fleet)} instances, {working} with a worker"
+        if sys.stdout.isatty():
+            print(f"\r{line} · {time.monotonic() - started:.0f} s ", end="", flush=True)
+        elif line != shown:
+            shown = line
+            tell(line)
+        if time.monotonic() > started + 300:
+            raise DemoError(f"only {done} of {len(job_ids)} jobs ended within 300 s")
+        time.sleep(0.3)
+    if sys.stdout.isatty():
+        print()
+    return results
+
+
+def fleet_of(cloud: LocalCloud) -> list[Machine]:
+    """The fleet's instances: all but the base machine."""
+    return [machine for machine in list(cloud.machines.values()) if machine.booted]
+
+
+def save_images(s3: Any, results: dict[str, dict[str, Any]]) -> int:
+    """Download every file the receipts name into demo-output/; return how many."""
+    shutil.rmtree(OUTPUT, ignore_errors=True)
+    OUTPUT.mkdir()
+    count = 0
+    for number, result in enumerate(results.values(), 1):
+        for output in result["outputs"]:
+            count += 1
+            s3.download_file(BUCKET, output["s3_key"], str(OUTPUT / f"job{number}_{output['filename']}"))
+    return count
+
+
+def what_is_left(cloud: LocalCloud, fleet: list[str]) -> list[str]:
+    """Everything of environment pro that still exists."""
+    ec2 = cloud.client("ec2")
+    left = [g["AutoScalingGroupName"] for g in groups(cloud)]
+    left += [t["LaunchTemplateName"] for t in ec2.describe_launch_templates()["LaunchTemplates"]]
+    left += [i["ImageId"] for i in ec2.describe_images(Owners=["self"])["Images"]]
+    left += [s["SnapshotId"] for s in ec2.describe_snapshots(OwnerIds=["self"])["Snapshots"] if s.get("Tags")]
+    left += cloud.client("sqs").list_queues().get("QueueUrls", [])
+    left += [b["Name"] for b in cloud.client("s3").list_buckets()["Buckets"] if b["Name"] != BASE_BUCKET]
+    left += [i for i in fleet if cloud.instance_state(i) != "terminated"]
+    return left
+
+
+def groups(cloud: LocalCloud) -> list[dict[str, Any]]:
+    """The Auto Scaling groups there are."""
+    return list(cloud.client("autoscaling").describe_auto_scaling_groups()["AutoScalingGroups"])
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A temporary folder, kept for a look at its logs when the demo fails."""
+    folder = Path(tempfile.mkdtemp(prefix="comfy-demo-"))
+    try:
+        yield folder
+    except BaseException:
+        tell(f"\nWhat the machines logged is in {folder}/cloud/machines")
+        raise
+    shutil.rmtree(folder)
+
+
+def tell_story(folder: Path) -> None:
+    """From a base machine to a fleet, six jobs, and back to nothing."""
+    started = time.monotonic()
+    kind = "your ComfyUI" if os.environ.get("COMFYUI_DIR") else "a stand-in for ComfyUI that speaks its protocol"
+    tell("comfy-on-ec2, the whole story on this machine: AWS is played by moto, instances by process groups,")
+    tell(f"and each of them runs {kind}. The scripts are the real ones.\n")
+    with LocalCloud(folder / "cloud") as cloud:
+        base = folder / "base"
+        make_base_folder(base)
+        fill_base_bucket(cloud.client("s3"))
+        machine = cloud.make_base(base)
+        environment = machine.environment()
+        tell(f"The base machine is {machine.instance_id}; its models lie in s3://{BASE_BUCKET}.")
+
+        run_on_base(base, environment, "./create_env.sh", "pro")
+        check(
+            "the fleet of pro exists and costs nothing: 0 instances",
+            [g["DesiredCapacity"] for g in groups(cloud)] == [0],
+        )
+
+        workflow = [str(Path(os.environ["DEMO_WORKFLOW"]).resolve())] if os.environ.get("DEMO_WORKFLOW") else []
+        command = ["./send_job.py", *workflow, "--env", "pro", "--count", str(JOBS)]
+        said = run_on_base(base, environment, *command)
+        job_ids = [line.split()[-1] for line in said if line.startswith("Message sent successfully:")]
+        check(f"{JOBS} jobs are on the queue", len(set(job_ids)) == JOBS)
+        check("the group went from 0 to 2 in one step", [g["DesiredCapacity"] for g in groups(cloud)] == [2])
+
+        tell("\nThe instances boot and work:")
+        results = watch_jobs(cloud, job_ids)
+        failed = [result["error"]["message"] for result in results.values() if result["status"] != "succeeded"]
+        check(f"{JOBS} jobs succeeded, each with its receipt in S3", not failed, failed)
+        fleet = [machine.instance_id for machine in fleet_of(cloud)]
+        by_instance = {i: sum(r["instance_id"] == i for r in results.values()) for i in fleet}
+        check(
+            "run by " + " and ".join(f"{i} ({n})" for i, n in by_instance.items()),
+            sum(by_instance.values()) == JOBS and len(fleet) == 2,
+        )
+        s3 = cloud.client("s3")
+        count = save_images(s3, results)
+        check(f"{count} files saved in demo-output/", count >= JOBS)
+
+        tell("\nNobody sends more, so the workers leave by themselves (after 5 s here, 180 s by default):")
+        await_that("the group is back at 0 instances", lambda: groups(cloud)[0]["DesiredCapacity"] == 0 and not groups(cloud)[0]["Instances"])  # fmt: skip
+        check("the group is back at 0 instances", True)
+        for instance_id in fleet:
+            await_that(f"{instance_id} is terminated", lambda i=instance_id: cloud.instance_state(i) == "terminated")
+            keys = {o["Key"].split("/")[-1] for o in s3.list_objects_v2(Bucket=BUCKET, Prefix=f"output/{instance_id}/")["Contents"]}  # fmt: skip
+            check(f"{instance_id} is terminated; its logs are in S3", {"parse_job.log", "comfyui.log"} <= keys, keys)
+
+        run_on_base(base, environment, "./delete_env.sh", "pro", "--yes")
+        left = what_is_left(cloud, fleet)
+        check("nothing of pro is left", not left, left)
+        check("the base machine and its bucket are as they were", cloud.instance_state(machine.instance_id) == "running"
+              and (base / "logs/parse_job.log").read_text() == "The base machine's own log.\n")  # fmt: skip
+    tell(f"\nDone in {time.monotonic() - started:.0f} s. The images are in {OUTPUT}")
+
+
+def main() -> int:
+    """Tell the story; 0 when every claim held."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that all processes are ended
+    try:
+        with scratch_folder() as folder:
+            tell_story(folder)
+    except DemoError as error:
+        print(f"\ndemo.sh: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,636 @@
+#!/usr/bin/env python3
+"""The local cloud: one machine plays AWS, so that the real scripts run unchanged against it.
+
+    local_cloud.py FOLDER
+
+serves until SIGTERM and writes FOLDER/cloud.env (shell exports) once it is ready. Moto's server plays
+S3, SQS, EC2, IAM, CloudWatch and the Auto Scaling API. Added here is what moto lacks: group limits,
+lifecycle states and hooks, an instance metadata service per instance, and "instances": process groups
+that run the launch template's user data and the systemd units' commands in a copy of the base folder.
+Everything listens on loopback, and everything started is ended with it.
+"""
+
+from __future__ import annotations
+
+import configparser
+import io
+import json
+import logging
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl, urlencode
+from xml.sax.saxutils import escape
+
+import boto3
+from moto.backends import get_backend
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+from werkzeug.serving import make_server
+
+logger = logging.getLogger("local_cloud")
+
+TESTS = Path(__file__).resolve().parent
+ACCOUNT_ID = "123456789012"
+REGION = "us-west-2"
+INSTALL_DIR = "/home/ubuntu/comfy"  # where the units expect the bundle; each instance has its own copy
+CLOCK_S = 0.1
+SHUTDOWN_S = 10.0
+
+
+class ApiError(Exception):
+    """An error answer of the Auto Scaling API."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass
+class Termination:
+    """An instance on its way out of its group, waiting for its lifecycle hook."""
+
+    group_name: str
+    hook_name: str
+    deadline: float
+    heartbeat_s: float
+
+
+class LocalCloud:
+    """AWS on loopback. `with LocalCloud(folder) as cloud:` starts it and ends everything it started."""
+
+    def __init__(self, folder: Path, *, boot_s: float = 0.0) -> None:
+        self.folder = folder.resolve()
+        self.boot_s = boot_s
+        self.machines: dict[str, Machine] = {}
+        self.terminations: dict[str, Termination] = {}
+        self._base_folders: dict[str, Path] = {}
+        self._lock = threading.RLock()
+        self._moto = DomainDispatcherApplication(create_backend_app)
+        self._ended = threading.Event()
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
+        self._server = make_server("127.0.0.1", 0, self, threaded=True, request_handler=MotoRequestHandler)
+        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+
+    def __enter__(self) -> LocalCloud:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._run_clock, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self.switch_off_all()
+        self._server.shutdown()
+
+    def environment(self) -> dict[str, str]:
+        """Variables that make the CLI and boto3 use this cloud, and nothing else."""
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_EC2_METADATA_SERVICE_ENDPOINT": f"{self.endpoint}/_local/no-metadata",
+            "AWS_ACCESS_KEY_ID": "local",
+            "AWS_SECRET_ACCESS_KEY": "local",
+            "AWS_DEFAULT_REGION": REGION,
+            "AWS_REGION": REGION,
+            "AWS_CONFIG_FILE": "/dev/null",
+            "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
+        }
+
+    def client(self, service: str) -> Any:
+        """A boto3 client of this cloud, whatever the process environment says."""
+        return boto3.client(
+            service,
+            endpoint_url=self.endpoint,
+            region_name=REGION,
+            aws_access_key_id="local",
+            aws_secret_access_key="local",
+        )
+
+    def instance_state(self, instance_id: str) -> str:
+        """EC2's word for the instance: running, terminated, ..."""
+        instance = self._ec2_instance(instance_id)
+        return str(instance.state) if instance else "terminated"
+
+    def switch_off_all(self) -> None:
+        """End every instance's processes."""
+        with self._lock:
+            machines = list(self.machines.values())
+        for thread in [machine.switch_off() for machine in machines]:
+            thread.join()
+
+    # --- The base machine ---------------------------------------------------------------------------------
+
+    def make_base(self, folder: Path) -> Machine:
+        """A VPC with a public and two private subnets, and in it the base instance living in `folder`."""
+        ec2, iam = self.client("ec2"), self.client("iam")
+        vpc = ec2.create_vpc(CidrBlock="10.0.0.0/16")["Vpc"]["VpcId"]
+        zones = [zone["ZoneName"] for zone in ec2.describe_availability_zones()["AvailabilityZones"]]
+        subnets = [
+            ec2.create_subnet(VpcId=vpc, CidrBlock=f"10.0.{i}.0/24", AvailabilityZone=zone)["Subnet"]["SubnetId"]
+            for i, zone in enumerate([zones[0], zones[0], zones[1]])
+        ]
+        gateway = ec2.create_internet_gateway()["InternetGateway"]["InternetGatewayId"]
+        ec2.attach_internet_gateway(InternetGatewayId=gateway, VpcId=vpc)
+        public = ec2.create_route_table(VpcId=vpc)["RouteTable"]["RouteTableId"]
+        ec2.create_route(RouteTableId=public, DestinationCidrBlock="0.0.0.0/0", GatewayId=gateway)
+        ec2.associate_route_table(RouteTableId=public, SubnetId=subnets[0])
+        security_group = ec2.create_security_group(GroupName="comfy", Description="comfy", VpcId=vpc)["GroupId"]
+        iam.create_role(RoleName="comfy", AssumeRolePolicyDocument="{}")
+        iam.create_instance_profile(InstanceProfileName="comfy")
+        iam.add_role_to_instance_profile(InstanceProfileName="comfy", RoleName="comfy")
+        image = ec2.describe_images(Filters=[{"Name": "architecture", "Values": ["x86_64"]}])["Images"][0]["ImageId"]
+        instance_id = ec2.run_instances(
+            ImageId=image,
+            InstanceType="g5.2xlarge",
+            MinCount=1,
+            MaxCount=1,
+            SubnetId=subnets[0],
+            SecurityGroupIds=[security_group],
+            IamInstanceProfile={"Name": "comfy"},
+            TagSpecifications=[{"ResourceType": "instance", "Tags": [{"Key": "Name", "Value": "comfy-base"}]}],
+        )["Instances"][0]["InstanceId"]
+        self._base_folders[instance_id] = folder.resolve()
+        machine = self.machines[instance_id] = Machine(self, instance_id, folder.resolve())
+        return machine
+
+    # --- The clock ----------------------------------------------------------------------------------------
+
+    def _run_clock(self) -> None:
+        while not self._ended.wait(CLOCK_S):
+            try:
+                with self._lock:
+                    self._tick()
+            except Exception:
+                logger.exception("the clock goes on")
+
+    def _tick(self) -> None:
+        """Boot what a group has launched, end what EC2 has terminated, let hooks run out."""
+        for group in list(self._autoscaling().autoscaling_groups.values()):
+            for state in list(group.instance_states):
+                if state.instance_id not in self.machines and state.lifecycle_state == "InService":
+                    self._boot(state.instance)
+        for instance_id, machine in self.machines.items():
+            instance = self._ec2_instance(instance_id)
+            if machine.is_on() and (instance is None or instance.state in ("terminated", "shutting-down")):
+                machine.switch_off()
+        for instance_id, termination in list(self.terminations.items()):
+            if time.monotonic() > termination.deadline:
+                logger.warning("%s: hook %s ran out", instance_id, termination.hook_name)
+                self._proceed(instance_id)
+
+    def _boot(self, instance: Any) -> None:
+        user_data = instance.user_data.decode() if instance.user_data else ""
+        machine = Machine(self, instance.id, self.folder / "instances" / instance.id)
+        self.machines[instance.id] = machine
+        machine.boot(self.folder / "images" / instance.image_id, user_data, self.boot_s)
+
+    def _autoscaling(self) -> Any:
+        return get_backend("autoscaling")[ACCOUNT_ID][REGION]
+
+    def _ec2(self) -> Any:
+        return get_backend("ec2")[ACCOUNT_ID][REGION]
+
+    def _ec2_instance(self, instance_id: str) -> Any:
+        return self._ec2().get_instance_by_id(instance_id)
+
+    # --- The Auto Scaling API, where moto has gaps --------------------------------------------------------
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        """The WSGI application: ours first, then moto's."""
+        path = environ.get("PATH_INFO", "")
+        if path.startswith("/_local/"):
+            return self._serve_local(environ, start_response)
+        body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        environ["wsgi.input"] = io.BytesIO(body)
+        scope = re.search(r"Credential=[^/]+/[0-9]+/[^/]+/(\w+)/", environ.get("HTTP_AUTHORIZATION", ""))
+        service = scope[1] if scope else ""
+        if service not in ("autoscaling", "ec2"):
+            return self._moto(environ, start_response)  # type: ignore[no-any-return]
+        parameters = dict(parse_qsl(body.decode(errors="replace")))
+        action = parameters.get("Action", "")
+        handler = getattr(self, f"_on_{service}_{action}", None)
+        if handler is None:
+            return self._moto(environ, start_response)  # type: ignore[no-any-return]
+
+        def pass_on() -> bytes:
+            changed = urlencode(parameters).encode()
+            environ.update({"wsgi.input": io.BytesIO(changed), "CONTENT_LENGTH": str(len(changed))})
+            return b"".join(self._moto(environ, start_response))
+
+        try:
+            with self._lock:
+                answer = handler(parameters, pass_on)
+        except ApiError as error:
+            text = (
+                f"<ErrorResponse><Error><Type>Sender</Type><Code>{error.code}</Code>"
+                f"<Message>{escape(str(error))}</Message></Error><RequestId>local</RequestId></ErrorResponse>"
+            )
+            start_response("400 Bad Request", [("Content-Type", "text/xml")])
+            return [text.encode()]
+        if isinstance(answer, bytes):
+            return [answer]
+        start_response("200 OK", [("Content-Type", "text/xml")])
+        text = (
+            f'<{action}Response xmlns="http://autoscaling.amazonaws.com/doc/2011-01-01/">'
+            f"<{action}Result>{answer}</{action}Result>"
+            f"<ResponseMetadata><RequestId>local</RequestId></ResponseMetadata></{action}Response>"
+        )
+        return [text.encode()]
+
+    def _on_ec2_CreateImage(self, parameters: dict[str, str], pass_on: Callable[[], bytes]) -> bytes:  # noqa: N802
+        # moto answers 500 to tags for the snapshots, so they are set afterwards.
+        snapshot_tags = {}
+        for prefix in [
+            name.removesuffix("ResourceType") for name, value in parameters.items() if value == "snapshot"
+        ]:
+            ours = {name: parameters.pop(name) for name in list(parameters) if name.startswith(prefix)}
+            tags = re.findall(r"Tag\.(\d+)\.Key", " ".join(ours))
+            snapshot_tags = {ours[f"{prefix}Tag.{n}.Key"]: ours[f"{prefix}Tag.{n}.Value"] for n in tags}
+        answer = pass_on()
+        match = re.search(rb"<imageId>([^<]+)</imageId>", answer)
+        if match is None:
+            return answer
+        image_id = match[1].decode()
+        if snapshot_tags:
+            self._ec2().create_tags([self._ec2().amis[image_id].ebs_snapshot.id], snapshot_tags)
+        folder = self._base_folders.get(parameters["InstanceId"])
+        if folder:
+            # A mounted bucket is no part of the machine's disk, so no part of its image.
+            shutil.copytree(
+                folder,
+                self.folder / "images" / image_id,
+                symlinks=True,
+                ignore=lambda parent, _: {"s3"} if Path(parent) == folder else set(),
+            )
+        return answer
+
+    def _on_autoscaling_CreateAutoScalingGroup(  # noqa: N802
+        self, parameters: dict[str, str], pass_on: Callable[[], bytes]
+    ) -> bytes:
+        answer = pass_on()
+        name = parameters["AutoScalingGroupName"]
+        if name in self._autoscaling().autoscaling_groups:
+            prefix = "LifecycleHookSpecificationList.member.1."
+            if f"{prefix}LifecycleHookName" in parameters:
+                self._autoscaling().create_lifecycle_hook(
+                    parameters[f"{prefix}LifecycleHookName"],
+                    name,
+                    parameters[f"{prefix}LifecycleTransition"],
+                    int(parameters.get(f"{prefix}HeartbeatTimeout", "3600")),
+                    parameters.get(f"{prefix}DefaultResult", "ABANDON"),
+                )
+        return answer
+
+    def _on_autoscaling_SetDesiredCapacity(  # noqa: N802
+        self, parameters: dict[str, str], pass_on: Callable[[], bytes]
+    ) -> bytes:
+        group = self._group(parameters["AutoScalingGroupName"])
+        wanted = int(parameters["DesiredCapacity"])
+        for limit, name, outside in ((group.max_size, "max", 1), (group.min_size, "min", -1)):
+            if (wanted - limit) * outside > 0:
+                side = "above" if outside > 0 else "below"
+                raise ApiError(
+                    "ValidationError",
+                    f"New SetDesiredCapacity value {wanted} is {side} {name} value {limit} for the AutoScalingGroup.",
+                )
+        return pass_on()
+
+    def _on_autoscaling_TerminateInstanceInAutoScalingGroup(  # noqa: N802
+        self, parameters: dict[str, str], _: Callable[[], bytes]
+    ) -> str:
+        instance_id = parameters["InstanceId"]
+        state = self._state(instance_id)
+        if state is None or state.lifecycle_state != "InService":
+            raise ApiError(
+                "ValidationError", f"Instance Id not found - No managed instance found for instance ID: {instance_id}"
+            )
+        group = state.auto_scaling_group
+        if parameters["ShouldDecrementDesiredCapacity"] == "true":
+            if group.desired_capacity - 1 < group.min_size:
+                raise ApiError(
+                    "ValidationError",
+                    f"Currently, desiredSize equals minSize ({group.min_size}). Terminating instance without replacement "
+                    "will violate group's min size constraint. Either set shouldDecrementDesiredCapacity flag to false "
+                    "or lower group's min size.",
+                )
+            group.desired_capacity -= 1
+        self._begin_termination(state)
+        group.set_desired_capacity(group.desired_capacity)  # launches the replacement, if there is to be one
+        return (
+            "<Activity><ActivityId>local</ActivityId>"
+            f"<AutoScalingGroupName>{group.name}</AutoScalingGroupName><Cause>user request</Cause>"
+            "<StartTime>2026-01-01T00:00:00Z</StartTime><StatusCode>InProgress</StatusCode><Progress>0</Progress>"
+            "</Activity>"
+        )
+
+    def _on_autoscaling_CompleteLifecycleAction(  # noqa: N802
+        self, parameters: dict[str, str], _: Callable[[], bytes]
+    ) -> str:
+        self._termination(parameters)
+        self._proceed(parameters["InstanceId"])
+        return ""
+
+    def _on_autoscaling_RecordLifecycleActionHeartbeat(  # noqa: N802
+        self, parameters: dict[str, str], _: Callable[[], bytes]
+    ) -> str:
+        termination = self._termination(parameters)
+        termination.deadline = time.monotonic() + termination.heartbeat_s
+        return ""
+
+    def _on_autoscaling_DeleteAutoScalingGroup(  # noqa: N802
+        self, parameters: dict[str, str], pass_on: Callable[[], bytes]
+    ) -> bytes:
+        group = self._autoscaling().autoscaling_groups.get(parameters["AutoScalingGroupName"])
+        if group is not None and group.instance_states:
+            if parameters.get("ForceDelete") != "true":
+                raise ApiError(
+                    "ResourceInUse", "You cannot delete an AutoScalingGroup while there are instances in the group."
+                )
+            instance_ids = [state.instance_id for state in group.instance_states]
+            group.instance_states = []
+            for instance_id in instance_ids:
+                self.terminations.pop(instance_id, None)
+            self._ec2().terminate_instances(instance_ids)
+        return pass_on()
+
+    def _group(self, name: str) -> Any:
+        group = self._autoscaling().autoscaling_groups.get(name)
+        if group is None:
+            raise ApiError(
+                "ValidationError", f"AutoScalingGroup name not found - AutoScalingGroup '{name}' not found"
+            )
+        return group
+
+    def _state(self, instance_id: str) -> Any:
+        states = self._autoscaling().describe_auto_scaling_instances([instance_id])
+        return states[0] if states else None
+
+    def _termination(self, parameters: dict[str, str]) -> Termination:
+        termination = self.terminations.get(parameters["InstanceId"])
+        if (
+            termination is None
+            or termination.hook_name != parameters["LifecycleHookName"]
+            or termination.group_name != parameters["AutoScalingGroupName"]
+        ):
+            raise ApiError(
+                "ValidationError", f"No active Lifecycle Action found with instance ID {parameters['InstanceId']}"
+            )
+        return termination
+
+    def _begin_termination(self, state: Any) -> None:
+        group_name = state.auto_scaling_group_name
+        hooks = [
+            hook
+            for hook in self._autoscaling().describe_lifecycle_hooks(group_name)
+            if hook.lifecycle_transition == "autoscaling:EC2_INSTANCE_TERMINATING"
+        ]
+        if state.instance_id in self.machines:
+            self.machines[state.instance_id].metadata["autoscaling/target-lifecycle-state"] = "Terminated"
+        if not hooks:
+            self._proceed(state.instance_id)
+            return
+        state.lifecycle_state = "Terminating:Wait"
+        heartbeat_s = float(hooks[0].heartbeat_timeout)
+        deadline = time.monotonic() + heartbeat_s
+        self.terminations[state.instance_id] = Termination(group_name, hooks[0].name, deadline, heartbeat_s)
+
+    def _proceed(self, instance_id: str) -> None:
+        """Past the hook: the machine is shut down and leaves the group."""
+        self.terminations.pop(instance_id, None)
+        state = self._state(instance_id)
+        if state is None:
+            return
+        state.lifecycle_state = "Terminating:Proceed"
+
+        def end() -> None:
+            if instance_id in self.machines:
+                self.machines[instance_id].switch_off().join()
+            with self._lock:
+                group = state.auto_scaling_group
+                group.instance_states = [other for other in group.instance_states if other is not state]
+                self._ec2().terminate_instances([instance_id])
+
+        threading.Thread(target=end, daemon=True).start()
+
+    # --- For demo and tests -------------------------------------------------------------------------------
+
+    def _serve_local(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        """POST /_local/base?FOLDER makes the base machine; GET /_local/machines lists the instances."""
+        path = environ["PATH_INFO"]
+        answer: dict[str, Any] | None = None
+        if path == "/_local/base":
+            machine = self.make_base(Path(environ["QUERY_STRING"]))
+            answer = {"instance_id": machine.instance_id, "metadata": machine.metadata_endpoint}
+        elif path == "/_local/machines":
+            with self._lock:
+                answer = {machine.instance_id: machine.state() for machine in self.machines.values()}
+        start_response("200 OK" if answer is not None else "404 Not Found", [("Content-Type", "application/json")])
+        return [json.dumps(answer).encode()]
+
+
+class Machine:
+    """One EC2 instance: a folder, a metadata service, and the services its units name."""
+
+    def __init__(self, cloud: LocalCloud, instance_id: str, folder: Path) -> None:
+        self.cloud = cloud
+        self.instance_id = instance_id
+        self.folder = folder
+        self.side = cloud.folder / "machines" / instance_id  # journal and cloud-init state: not in the image
+        self.side.mkdir(parents=True, exist_ok=True)
+        self.off = threading.Event()
+        self.services: dict[str, subprocess.Popen[bytes]] = {}
+        self.booted = False
+        self.metadata: dict[str, str] = {
+            "instance-id": instance_id,
+            "placement/region": REGION,
+            "iam/security-credentials/": "comfy",
+            "iam/security-credentials/comfy": json.dumps(
+                {
+                    "Code": "Success",
+                    "Type": "AWS-HMAC",
+                    "AccessKeyId": "local",
+                    "SecretAccessKey": "local",
+                    "Token": "local",
+                    "Expiration": "2099-01-01T00:00:00Z",
+                    "LastUpdated": "2026-01-01T00:00:00Z",
+                }
+            ),
+        }
+        self._metadata_server = ThreadingHTTPServer(("127.0.0.1", 0), metadata_handler(self))
+        threading.Thread(target=self._metadata_server.serve_forever, daemon=True).start()
+        self.metadata_endpoint = f"http://127.0.0.1:{self._metadata_server.server_port}"
+        self.comfy_port = free_port()
+
+    def environment(self) -> dict[str, str]:
+        """What a process on this machine sees: credentials come from the metadata service, as on EC2."""
+        kept = {name: value for name, value in os.environ.items() if name.startswith("STANDIN_")}
+        return kept | {
+            "PATH": f"{TESTS}/bin:{TESTS}/.venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
+            "HOME": str(self.side),
+            "LANG": "C.UTF-8",
+            "AWS_ENDPOINT_URL": self.cloud.endpoint,
+            "AWS_EC2_METADATA_SERVICE_ENDPOINT": self.metadata_endpoint,
+            "AWS_METADATA_SERVICE_NUM_ATTEMPTS": "10",
+            "AWS_METADATA_SERVICE_TIMEOUT": "5",
+            "AWS_CONFIG_FILE": "/dev/null",
+            "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
+            "COMFY_HOME": str(self.folder),
+            "COMFY_ADDRESS": f"127.0.0.1:{self.comfy_port}",
+            "LOCAL_INSTANCE_DIR": str(self.side),
+        }
+
+    def boot(self, image: Path, user_data: str, boot_s: float) -> None:
+        """Start as a machine does: disk from the image, then cloud-init and the services side by side."""
+        self.metadata["autoscaling/target-lifecycle-state"] = "InService"
+
+        def start() -> None:
+            if self.off.wait(boot_s):
+                return
+            shutil.copytree(image, self.folder, symlinks=True)
+            self.booted = True
+            threading.Thread(target=self._run_cloud_init, args=(user_data,), daemon=True).start()
+            for unit in sorted((self.folder / "systemd").glob("*.service")):
+                threading.Thread(target=self._run_service, args=(unit,), daemon=True).start()
+
+        threading.Thread(target=start, daemon=True).start()
+
+    def is_on(self) -> bool:
+        """Whether it has not been switched off."""
+        return not self.off.is_set()
+
+    def state(self) -> dict[str, Any]:
+        """For demo and tests: is it on, and which services run."""
+        running = {name: process.pid for name, process in self.services.items() if process.poll() is None}
+        return {"on": self.is_on(), "booted": self.booted, "services": running, "comfy_port": self.comfy_port}
+
+    def switch_off(self) -> threading.Thread:
+        """Shut down: SIGTERM to the services, SIGKILL to what is left. Returns the thread that does it."""
+        self.off.set()
+
+        def end() -> None:
+            processes = list(self.services.values())
+            for process in processes:
+                with suppress(ProcessLookupError):
+                    process.terminate()
+            limit = time.monotonic() + SHUTDOWN_S
+            for process in processes:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(max(0.0, limit - time.monotonic()))
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            self._metadata_server.shutdown()
+            self._metadata_server.server_close()
+
+        thread = threading.Thread(target=end)
+        thread.start()
+        return thread
+
+    def _run_cloud_init(self, user_data: str) -> None:
+        script = self.side / "user-data"
+        script.write_text(user_data, encoding="utf-8")
+        # cloud-init runs user data as root with a bare environment; only where the bundle lies is told.
+        with (self.side / "cloud-init-output.log").open("wb") as log:
+            process = subprocess.Popen(
+                ["/bin/bash", str(script)], env=self.environment(), stdout=log, stderr=log, start_new_session=True
+            )
+            self.services["cloud-init"] = process
+            process.wait()
+        (self.side / "cloud-init.done").touch()
+
+    def _run_service(self, unit: Path) -> None:
+        """systemd's Restart=always, with the unit's own command and pause."""
+        parser = configparser.ConfigParser(strict=False, interpolation=None)
+        parser.optionxform = str  # type: ignore[assignment,method-assign]
+        parser.read(unit)
+        command = shlex.split(parser["Service"]["ExecStart"].replace(INSTALL_DIR, str(self.folder)))
+        pause_s = float(parser["Service"].get("RestartSec", "0.1").removesuffix("s"))
+        with (self.side / f"{unit.stem}.log").open("ab") as log:
+            while self.is_on():
+                process = subprocess.Popen(
+                    command,
+                    cwd=self.folder,
+                    env=self.environment(),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+                self.services[unit.stem] = process
+                if self.off.is_set():
+                    process.terminate()  # switched off while it was being started
+                process.wait()
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                self.off.wait(pause_s)
+
+
+def metadata_handler(machine: Machine) -> type[BaseHTTPRequestHandler]:
+    """The instance metadata service of one machine: IMDSv2 only, 404 for what is not there."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_PUT(self) -> None:
+            self._answer(200 if self.path == "/latest/api/token" else 404, "token-of-" + machine.instance_id)
+
+        def do_GET(self) -> None:
+            if self.headers.get("X-aws-ec2-metadata-token") != "token-of-" + machine.instance_id:
+                self._answer(401, "")
+                return
+            value = machine.metadata.get(self.path.removeprefix("/latest/meta-data/"))
+            self._answer(404 if value is None else 200, value or "")
+
+        def _answer(self, status: int, text: str) -> None:
+            body = text.encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "text/plain")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    return Handler
+
+
+def free_port() -> int:
+    """A port nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def main() -> int:
+    """Serve until SIGTERM or SIGINT."""
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        print("usage: local_cloud.py FOLDER", file=sys.stderr)
+        return 2
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    ended = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ended.set())
+    with LocalCloud(Path(sys.argv[1])) as cloud:
+        exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in cloud.environment().items())
+        ready = cloud.folder / "cloud.env"
+        ready.with_suffix(".tmp").write_text(exports, encoding="utf-8")
+        ready.with_suffix(".tmp").rename(ready)
+        while not ended.wait(1):
+            if os.getppid() == 1:
+                break  # whoever started us is gone
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
