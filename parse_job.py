@@ -117,6 +117,7 @@ class Worker:
         self.spot = threading.Event()  # the machine is taken away in two minutes
         self.drain = threading.Event()  # the group takes this instance: finish the job, take nothing new
         self.busy = threading.Event()  # a message is in hand
+        self.capacity_due = threading.Event()  # a message was taken: are more instances called for?
         self.idle_since = time.monotonic()
         self.in_group = False
         self.scaling_off_said = False
@@ -166,8 +167,9 @@ class Worker:
             if self.drain.is_set() and self.in_group and now >= next_beat:
                 next_beat = now + HEARTBEAT_S
                 self.beat()
-            if self.busy.is_set() and now >= next_raise:
+            if (self.capacity_due.is_set() or self.busy.is_set()) and now >= next_raise:
                 next_raise = now + CAPACITY_POLL_S
+                self.capacity_due.clear()
                 self.raise_capacity()
             if now >= next_upload:
                 next_upload = now + LOG_UPLOAD_S
@@ -187,6 +189,7 @@ class Worker:
         """Bring one message to its end: result stored, callback accepted, message deleted; or put it back."""
         attempt = int(message["Attributes"]["ApproximateReceiveCount"])
         self.busy.set()
+        self.capacity_due.set()
         try:
             with every(self.settings.visibility_timeout_s / 3, lambda: self.extend_lease(message)):
                 job, invalid = understand(message)
@@ -781,6 +784,7 @@ def set_up_logging(folder: Path) -> None:
     except OSError as error:
         print(f"parse_job.py: logs go to stdout only: {error}", file=sys.stderr)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", handlers=handlers)
+    logging.getLogger("botocore").setLevel(logging.WARNING)
     logging.raiseExceptions = False  # a full disk does not stop jobs
 
 

@@ -223,8 +223,11 @@ def run_direct(address: str, workflows: Sequence[Workflow], folder: Path) -> int
             for warning in explain_node_errors(finished.node_errors):
                 print(f"Dropped: {warning}", file=sys.stderr)
             for file in files:
-                inside = Path(file.subfolder, file.filename).name
-                target = folder / job_id / inside
+                # Below the job's folder whatever the server says.
+                parts = [
+                    part for part in Path(file.subfolder, file.filename).parts if part not in (job_id, "..", "/")
+                ]
+                target = folder.joinpath(job_id, *parts)
                 comfy.download(file, target)
                 print(f"Saved {target}")
         except WorkflowRefusedError as refused:

@@ -496,7 +496,8 @@ class Machine:
         self.metadata["autoscaling/target-lifecycle-state"] = "InService"
 
         def start() -> None:
-            if self.off.wait(boot_s):
+            # An image that was not made of a base folder has nothing to run.
+            if self.off.wait(boot_s) or not image.is_dir():
                 return
             shutil.copytree(image, self.folder, symlinks=True)
             self.booted = True

@@ -1,0 +1,544 @@
+"""parse_job.py: real worker processes against moto and the ComfyUI stand-in."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import LIMIT_S, ROOT, Site, await_that, image_workflow
+from local_cloud import LocalCloud, Machine
+
+import parse_job
+from comfy_utils import Metadata, load_settings, new_job_id
+
+NO_RESULT_YET = None
+
+
+# --- What becomes of a message ---------------------------------------------------------------------------
+
+
+def test_a_raw_workflow_as_the_originals_users_send_it(busy_site: Site) -> None:
+    body = (ROOT / "simple_workflow.json").read_text()
+    sent = busy_site.run("aws", "sqs", "send-message", "--queue-url", busy_site.queue_url, "--message-body", body)
+    job_id = json.loads(sent.stdout)["MessageId"]
+    result = busy_site.await_result(job_id)
+    assert result["status"] == "succeeded"
+    assert result["error"] is None
+    assert (result["job_id"], result["env"], result["attempt"]) == (job_id, busy_site.env, 1)
+    (output,) = result["outputs"]
+    assert output == {
+        "node_id": "9",
+        "kind": "images",
+        "filename": "ComfyUI_00001_.png",
+        "subfolder": job_id,
+        "type": "output",
+        "s3_key": f"output/{job_id}/ComfyUI_00001_.png",
+    }
+    image = busy_site.s3.get_object(Bucket=busy_site.bucket, Key=output["s3_key"])
+    assert image["ContentType"] == "image/png"
+    assert image["Body"].read().startswith(b"\x89PNG")
+    timings = result["timings"]
+    assert timings["sent_at"] <= timings["started_at"] <= timings["finished_at"]
+    assert timings["wait_s"] >= 0
+    assert timings["run_s"] > 0
+    busy_site.await_empty_queue()
+    await_that("the local copy is gone", lambda: not (busy_site.folder / "job-output" / job_id).exists())
+
+
+def test_a_job_with_an_id_and_every_kind_of_output(busy_site: Site) -> None:
+    job_id = new_job_id()
+    more = {
+        "4": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}},
+        "5": {"class_type": "PreviewAny", "inputs": {"source": ["1", 0]}},
+        "6": {"class_type": "CreateVideo", "inputs": {"images": ["1", 0], "fps": 8.0}},
+        "7": {
+            "class_type": "SaveVideo",
+            "inputs": {"video": ["6", 0], "filename_prefix": "video/x", "format": "auto", "codec": "auto"},
+        },
+    }
+    busy_site.send({"prompt": image_workflow(more=more), "job_id": job_id})
+    result = busy_site.await_result(job_id)
+    assert result["status"] == "succeeded"
+    keys = {output["node_id"]: output["s3_key"] for output in result["outputs"]}
+    assert keys["3"] == f"output/{job_id}/x_00001_.png"
+    assert keys["4"].startswith(f"output/{job_id}/temp/ComfyUI_temp_")
+    assert keys["7"] == f"output/{job_id}/video/x_00001_.mp4"
+    assert list(result["values"]) == ["5"]
+    assert set(busy_site.keys(f"output/{job_id}/")) == {*keys.values(), f"output/{job_id}/result.json"}
+
+
+def test_a_node_error_is_final_at_the_first_try(busy_site: Site) -> None:
+    more = {
+        "4": {"class_type": "LoadImage", "inputs": {"image": "broken.png"}},
+        "5": {"class_type": "SaveImage", "inputs": {"images": ["4", 0], "filename_prefix": "y"}},
+    }
+    job_id = busy_site.send(image_workflow(more=more))
+    result = busy_site.await_result(job_id)
+    assert result["status"] == "failed"
+    assert (result["error"]["kind"], result["error"]["node_id"]) == ("execution_error", "4")
+    assert "cannot identify image file" in result["error"]["message"]
+    assert "UnidentifiedImageError" in result["error"]["detail"]
+    busy_site.await_empty_queue()
+    assert busy_site.runs(job_id) == 1
+
+
+def test_a_refused_workflow_says_what_is_missing(busy_site: Site) -> None:
+    workflow = json.loads((ROOT / "simple_workflow.json").read_text())
+    workflow["4"]["inputs"]["ckpt_name"] = "absent.safetensors"
+    result = busy_site.await_result(busy_site.send(workflow))
+    assert result["error"]["kind"] == "invalid_workflow"
+    assert result["error"]["message"] == (
+        "node 4 CheckpointLoaderSimple: ckpt_name 'absent.safetensors' is not installed, "
+        "have: v1-5-pruned-emaonly-fp16.safetensors"
+    )
+
+
+def test_a_dropped_branch_is_a_warning(busy_site: Site) -> None:
+    more = {
+        "4": {"class_type": "LoadImage", "inputs": {"image": "nope.png"}},
+        "5": {"class_type": "SaveImage", "inputs": {"images": ["4", 0], "filename_prefix": "y"}},
+    }
+    result = busy_site.await_result(busy_site.send(image_workflow(more=more)))
+    assert result["status"] == "succeeded"
+    assert len(result["outputs"]) == 1
+    (warning,) = result["warnings"]
+    assert "node 4 LoadImage" in warning
+    assert "nope.png" in warning
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "not json",
+        "[]",
+        "7",
+        "[" * 50_000,
+        '{"nodes": [], "links": []}',
+        '{"prompt": {"1": {"class_type": "X", "inputs": {}}}, "job_id": "../../x"}',
+    ],
+)
+def test_what_is_no_job_fails_under_its_message_id(busy_site: Site, body: str) -> None:
+    result = busy_site.await_result(busy_site.send(body))
+    assert (result["status"], result["error"]["kind"]) == ("failed", "invalid_message")
+    busy_site.await_empty_queue()
+
+
+def test_a_prefix_that_climbs_is_refused(busy_site: Site) -> None:
+    workflow = image_workflow()
+    workflow["3"]["inputs"]["filename_prefix"] = "../../../x"
+    result = busy_site.await_result(busy_site.send(workflow))
+    assert result["error"]["kind"] == "invalid_workflow"
+
+
+def test_a_workflow_too_large_for_a_message_comes_from_the_bucket(busy_site: Site) -> None:
+    job_id = new_job_id()
+    key = f"input/jobs/{job_id}.json"
+    busy_site.s3.put_object(Bucket=busy_site.bucket, Key=key, Body=json.dumps(image_workflow()).encode())
+    busy_site.send({"workflow_key": key, "job_id": job_id})
+    assert busy_site.await_result(job_id)["status"] == "succeeded"
+
+
+def test_a_workflow_that_is_not_in_the_bucket_fails(busy_site: Site) -> None:
+    job_id = new_job_id()
+    busy_site.send({"workflow_key": f"input/jobs/{job_id}.json", "job_id": job_id})
+    assert busy_site.await_result(job_id)["error"]["kind"] == "invalid_workflow"
+
+
+def test_out_of_memory_is_tried_again_on_freed_memory(busy_site: Site) -> None:
+    more = {
+        "4": {"class_type": "StandinOutOfMemory", "inputs": {"image": ["1", 0], "times": 1}},
+        "5": {"class_type": "SaveImage", "inputs": {"images": ["4", 0], "filename_prefix": "y"}},
+    }
+    job_id = busy_site.send(image_workflow(more=more))
+    result = busy_site.await_result(job_id)
+    assert (result["status"], result["attempt"]) == ("succeeded", 1)
+    assert busy_site.runs(job_id) == 2
+
+
+def test_a_job_that_has_its_result_is_not_run_again(busy_site: Site) -> None:
+    job_id = new_job_id()
+    for _ in range(2):
+        busy_site.send({"prompt": image_workflow(), "job_id": job_id})
+    first = busy_site.await_result(job_id)
+    busy_site.await_empty_queue()
+    assert busy_site.result(job_id) == first
+    assert busy_site.runs(job_id) == 1
+
+
+def test_commands_are_refused_on_the_fleet(busy_site: Site) -> None:
+    result = busy_site.await_result(busy_site.send({"exec_cmd": f"touch {busy_site.folder}/made"}))
+    assert result["error"]["kind"] == "command_refused"
+    assert not (busy_site.folder / "made").exists()
+
+
+# --- The base machine: commands, and no group ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base_site(cloud: LocalCloud, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    site = Site(cloud, tmp_path_factory.mktemp("base") / "comfy", ENV="base", JOB_TIMEOUT="2")
+    site.start_comfyui()
+    site.start_worker()
+    yield site
+    site.end()
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "kind", "exit_code", "output"),
+    [
+        ("echo hello $COMFY_JOB_ID | cut -c1-5", "succeeded", None, 0, "hello\n"),
+        ("echo out; echo err >&2; exit 3", "failed", "command_failed", 3, "out\nerr\n"),
+        ("yes | head -c 100000; printf end", "succeeded", None, 0, "y\n" * 2046 + "\nend"),
+        ("sleep 60 & echo first; wait", "failed", "timeout", None, "first\n"),
+    ],
+)
+def test_commands_on_the_base_machine(
+    base_site: Site, command: str, status: str, kind: str | None, exit_code: int | None, output: str
+) -> None:
+    result = base_site.await_result(base_site.send({"exec_cmd": command}))
+    assert (result["status"], (result["error"] or {}).get("kind")) == (status, kind)
+    said = result["values"]["command"]
+    assert said["exit_code"] == exit_code
+    assert said["output"] == output[-4096:] or (len(said["output"]) == 4096 and said["output"].endswith("end"))
+
+
+def test_a_commands_children_end_with_it(base_site: Site) -> None:
+    base_site.await_result(base_site.send({"exec_cmd": "sleep 600 & echo $!"}))
+    job_id = base_site.send({"exec_cmd": "sleep 600 & echo $!"})
+    pid = int(base_site.await_result(job_id)["values"]["command"]["output"])
+    await_that("the child is gone", lambda: not _alive(pid))
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
+def test_files_on_the_base_machine_stay_where_designers_see_them(base_site: Site) -> None:
+    job_id = base_site.send(image_workflow())
+    assert base_site.await_result(job_id)["status"] == "succeeded"
+    base_site.await_empty_queue()
+    assert (base_site.folder / "ComfyUI/output" / job_id / "x_00001_.png").is_file()
+
+
+def test_a_job_over_its_time_is_interrupted_and_failed(base_site: Site) -> None:
+    job_id = base_site.send(image_workflow(600))
+    assert base_site.await_result(job_id)["error"]["kind"] == "timeout"
+    assert base_site.await_result(base_site.send(image_workflow()))["status"] == "succeeded"
+
+
+def test_scaling_is_off_without_a_group_and_said_once(base_site: Site) -> None:
+    base_site.await_result(base_site.send(image_workflow()))
+    assert base_site.log().count("scaling is off") == 1
+
+
+# --- Faults ----------------------------------------------------------------------------------------------
+
+
+def test_a_long_job_is_held_and_not_run_twice(make_site: Callable[..., Site]) -> None:
+    site = make_site(VISIBILITY_TIMEOUT="3")
+    site.start_comfyui()
+    job_id = site.send(image_workflow(8))
+    for _ in range(2):
+        site.start_worker()
+    result = site.await_result(job_id)
+    assert (result["status"], result["attempt"]) == ("succeeded", 1)
+    assert site.runs(job_id) == 1
+    site.await_empty_queue()
+
+
+def test_a_killed_workers_job_is_adopted(make_site: Callable[..., Site]) -> None:
+    site = make_site(VISIBILITY_TIMEOUT="3")
+    site.start_comfyui()
+    worker = site.start_worker()
+    job_id = site.send(image_workflow(6))
+    await_that("the job runs", lambda: site.runs(job_id))
+    os.killpg(worker.pid, signal.SIGKILL)
+    worker.wait()
+    site.start_worker()
+    result = site.await_result(job_id)
+    assert (result["status"], result["attempt"]) == ("succeeded", 2)
+    assert site.runs(job_id) == 1
+
+
+def test_sigterm_gives_the_job_back_at_once(make_site: Callable[..., Site]) -> None:
+    site = make_site()
+    site.start_comfyui()
+    worker = site.start_worker()
+    job_id = site.send(image_workflow(600))
+    await_that("the job runs", lambda: site.runs(job_id))
+    worker.terminate()
+    assert worker.wait(LIMIT_S) == 0
+    assert site.depth() == (1, 0), "the message is visible again, long before its lease would have ended"
+    assert site.result(job_id) is NO_RESULT_YET
+    await_that("ComfyUI was interrupted", lambda: site.runs(job_id, "interrupted"))
+    assert "parse_job.log" in " ".join(site.keys("output/"))
+
+
+def test_an_interrupted_job_is_run_again_not_called_done(make_site: Callable[..., Site]) -> None:
+    site = make_site()
+    site.start_comfyui()
+    worker = site.start_worker()
+    job_id = site.send(image_workflow(4))
+    await_that("the job runs", lambda: site.runs(job_id))
+    worker.terminate()
+    worker.wait(LIMIT_S)
+    site.start_worker()
+    result = site.await_result(job_id)
+    assert (result["status"], result["attempt"]) == ("succeeded", 2)
+    assert site.runs(job_id, "success") == 1
+
+
+def test_comfyui_dies_and_the_job_is_run_again(make_site: Callable[..., Site]) -> None:
+    site = make_site()
+    comfyui = site.start_comfyui()
+    site.start_worker()
+    job_id = site.send(image_workflow(4))
+    await_that("the job runs", lambda: site.runs(job_id))
+    comfyui.kill()
+    comfyui.wait()
+    await_that("the worker noticed", lambda: "is put back" in site.log())
+    assert site.result(job_id) is NO_RESULT_YET
+    site.start_comfyui()
+    result = site.await_result(job_id)
+    assert (result["status"], result["attempt"]) == ("succeeded", 2)
+
+
+def test_a_job_that_kills_comfyui_each_time_ends_in_the_dead_letter_queue(make_site: Callable[..., Site]) -> None:
+    site = make_site()
+    restarting = threading.Event()
+
+    def keep_running() -> None:
+        while not restarting.is_set():
+            site.start_comfyui().wait()
+
+    thread = threading.Thread(target=keep_running, daemon=True)
+    thread.start()
+    site.start_worker()
+    crash = {"4": {"class_type": "StandinCrash", "inputs": {"image": ["1", 0]}},
+             "5": {"class_type": "SaveImage", "inputs": {"images": ["4", 0], "filename_prefix": "y"}}}  # fmt: skip
+    job_id = site.send(image_workflow(more=crash))
+    await_that("the message is in the DLQ", lambda: site.depth(site.dlq_url)[0] == 1)
+    restarting.set()
+    assert site.result(job_id) is NO_RESULT_YET
+    assert site.log().count("is put back") == 3
+
+
+def test_the_first_result_stands(make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch) -> None:
+    site = make_site()
+    for name, value in site.environment().items():
+        monkeypatch.setenv(name, value)
+    worker = parse_job.Worker(load_settings(None, site.folder / "env"), Metadata())
+    first = {"job_id": new_job_id(), "status": "succeeded"}
+    assert worker.store_result(first) == first
+    second = {**first, "status": "failed"}
+    assert worker.store_result(second) == first
+    assert site.result(first["job_id"]) == first
+
+
+# --- Callbacks -------------------------------------------------------------------------------------------
+
+
+class Receiver:
+    """A server that refuses the first callbacks and remembers all."""
+
+    def __init__(self, refuse: int) -> None:
+        self.calls: list[tuple[dict[str, str], bytes]] = []
+        receiver = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                receiver.calls.append((dict(self.headers), body))
+                self.send_response(503 if len(receiver.calls) <= refuse else 204)
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/done"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+def test_a_refused_callback_is_repeated_without_running_the_job_again(make_site: Callable[..., Site]) -> None:
+    receiver = Receiver(refuse=1)
+    site = make_site(CALLBACK_SECRET="hush", VISIBILITY_TIMEOUT="3")
+    site.start_comfyui()
+    site.start_worker()
+    job_id = new_job_id()
+    site.send({"prompt": image_workflow(), "job_id": job_id, "callback_url": receiver.url})
+    await_that("the second callback", lambda: len(receiver.calls) == 2)
+    site.await_empty_queue()
+    assert site.runs(job_id) == 1
+    headers, body = receiver.calls[-1]
+    assert json.loads(body) == site.result(job_id)
+    signed = f"{headers['X-Comfy-Timestamp']}.".encode() + body
+    assert headers["X-Comfy-Signature"] == "sha256=" + hmac.new(b"hush", signed, hashlib.sha256).hexdigest()
+    assert "hush" not in site.log()
+    receiver.server.shutdown()
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://169.254.169.254/latest", "http://[fe80::1]/", "http://[::ffff:169.254.169.254]/", "file:///etc/passwd"],
+)
+def test_callbacks_never_go_to_link_local_addresses(url: str) -> None:
+    with pytest.raises(ValueError, match=r"link-local|no http"):
+        parse_job.refuse_link_local(url)
+
+
+# --- Lifecycle -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fleet(cloud: LocalCloud, make_site: Callable[..., Site]) -> tuple[Site, Machine]:
+    """A site on an instance of a group with a hook. The group's own instances have no disk and do nothing."""
+    site = make_site(SCALE_COOLDOWN="2")
+    ec2, autoscaling = cloud.client("ec2"), cloud.client("autoscaling")
+    group = f"{site.prefix}-{site.env}-asg"
+    image = ec2.describe_images()["Images"][0]["ImageId"]
+    ec2.create_launch_template(
+        LaunchTemplateName=group, LaunchTemplateData={"ImageId": image, "InstanceType": "g5.2xlarge"}
+    )
+    autoscaling.create_auto_scaling_group(
+        AutoScalingGroupName=group,
+        LaunchTemplate={"LaunchTemplateName": group},
+        MinSize=0,
+        MaxSize=5,
+        DesiredCapacity=1,
+        AvailabilityZones=["us-west-2a"],
+        NewInstancesProtectedFromScaleIn=True,
+        LifecycleHookSpecificationList=[
+            {
+                "LifecycleHookName": "comfy-terminating",
+                "LifecycleTransition": "autoscaling:EC2_INSTANCE_TERMINATING",
+                "HeartbeatTimeout": 60,
+                "DefaultResult": "CONTINUE",
+            }
+        ],
+    )
+    instance_id = group_of(cloud, group)["Instances"][0]["InstanceId"]
+    machine: Machine = await_that("the machine is there", lambda: cloud.machines.get(instance_id))
+    site.metadata_endpoint = machine.metadata_endpoint
+    return site, machine
+
+
+def group_of(cloud: LocalCloud, name: str) -> dict[str, Any]:
+    answer = cloud.client("autoscaling").describe_auto_scaling_groups(AutoScalingGroupNames=[name])
+    group: dict[str, Any] = answer["AutoScalingGroups"][0]
+    return group
+
+
+def test_an_idle_worker_ends_its_instance(cloud: LocalCloud, fleet: tuple[Site, Machine]) -> None:
+    site, machine = fleet
+    group = f"{site.prefix}-{site.env}-asg"
+    site.start_comfyui()
+    site.start_worker()
+    job_id = site.send(image_workflow())
+    assert site.await_result(job_id)["instance_id"] == machine.instance_id
+    await_that("the group is empty", lambda: not group_of(cloud, group)["Instances"])
+    assert group_of(cloud, group)["DesiredCapacity"] == 0
+    assert f"output/{machine.instance_id}/parse_job.log" in site.keys("output/")
+
+
+def test_the_group_keeps_its_minimum(cloud: LocalCloud, fleet: tuple[Site, Machine]) -> None:
+    site, machine = fleet
+    group = f"{site.prefix}-{site.env}-asg"
+    cloud.client("autoscaling").update_auto_scaling_group(AutoScalingGroupName=group, MinSize=1)
+    site.start_comfyui()
+    site.start_worker()
+    await_that("the worker stays", lambda: "Stays" in site.log())
+    assert group_of(cloud, group)["DesiredCapacity"] == 1
+    assert machine.is_on()
+    assert site.await_result(site.send(image_workflow()))["status"] == "succeeded"
+
+
+def test_a_job_is_finished_before_the_instance_goes(cloud: LocalCloud, fleet: tuple[Site, Machine]) -> None:
+    site, machine = fleet
+    site.start_comfyui()
+    site.start_worker()
+    job_id = site.send(image_workflow(8))
+    await_that("the job runs", lambda: site.runs(job_id))
+    cloud.client("autoscaling").terminate_instance_in_auto_scaling_group(
+        InstanceId=machine.instance_id, ShouldDecrementDesiredCapacity=True
+    )
+    waiting = site.send(image_workflow())
+    assert site.await_result(job_id)["status"] == "succeeded"
+    assert site.runs(job_id) == 1
+    await_that("the instance is gone", lambda: cloud.instance_state(machine.instance_id) == "terminated")
+    assert site.result(waiting) is NO_RESULT_YET, "nothing new is taken"
+    group = group_of(cloud, f"{site.prefix}-{site.env}-asg")
+    assert group["DesiredCapacity"] == 1, "the last look at the queue starts another instance"
+
+
+def test_a_spot_notice_gives_the_job_back_at_once(fleet: tuple[Site, Machine]) -> None:
+    site, machine = fleet
+    site.start_comfyui()
+    site.start_worker()
+    job_id = site.send(image_workflow(600))
+    await_that("the job runs", lambda: site.runs(job_id))
+    started = time.monotonic()
+    machine.metadata["spot/instance-action"] = '{"action": "terminate", "time": "2026-01-01T00:00:00Z"}'
+    await_that("the message is back", lambda: site.depth() == (1, 0))
+    assert time.monotonic() - started < 60
+    await_that("the logs are stored", lambda: f"output/{machine.instance_id}/parse_job.log" in site.keys("output/"))
+
+
+def test_a_hook_that_is_not_completed_runs_out(cloud: LocalCloud, fleet: tuple[Site, Machine]) -> None:
+    _, machine = fleet
+    cloud.client("autoscaling").terminate_instance_in_auto_scaling_group(
+        InstanceId=machine.instance_id, ShouldDecrementDesiredCapacity=True
+    )
+    assert machine.metadata["autoscaling/target-lifecycle-state"] == "Terminated"
+    cloud.terminations[machine.instance_id].deadline = 0
+    await_that("the instance is gone", lambda: cloud.instance_state(machine.instance_id) == "terminated")
+
+
+# --- Hooks for business code -----------------------------------------------------------------------------
+
+
+def test_a_failing_hook_changes_nothing_for_the_job(make_site: Callable[..., Site]) -> None:
+    site = make_site()
+    script = site.folder / "parse_job.py"
+    hook = 'def on_job_done(result: Result) -> None:\n    print("HOOK", result["job_id"])\n    raise OSError\n'
+    script.write_text(script.read_text().replace("def on_job_done(result: Result) -> None:\n", hook, 1))
+    site.start_comfyui()
+    site.start_worker()
+    job_id = site.send(image_workflow())
+    assert site.await_result(job_id)["status"] == "succeeded"
+    site.await_empty_queue()
+    assert f"HOOK {job_id}" in site.log()
+    assert "on_job_done failed" in site.log()
+
+
+# --- Start -----------------------------------------------------------------------------------------------
+
+
+def test_bad_settings_are_refused_at_start(make_site: Callable[..., Site]) -> None:
+    site = make_site(EXEC_CMD="sometimes")
+    ran = site.run("python", "parse_job.py")
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("parse_job.py: EXEC_CMD='sometimes' cannot be used")
+
+
+def test_an_unwritable_log_folder_does_not_stop_jobs(make_site: Callable[..., Site]) -> None:
+    site = make_site()
+    (site.folder / "logs").rmdir()
+    (site.folder / "logs").write_text("in the way")
+    site.start_comfyui()
+    site.start_worker()
+    assert site.await_result(site.send(image_workflow()))["status"] == "succeeded"
