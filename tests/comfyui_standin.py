@@ -2,8 +2,9 @@
 """An honest stand-in for ComfyUI: its protocol word for word, small drawn pictures instead of models.
 
 Copied as ComfyUI/main.py into a base folder, with recordings.json (what a real server answered) beside
-it, and started like ComfyUI's own main.py; arguments it does not know are ignored. It needs aiohttp and
-Pillow. test_comfyui_standin.py holds it, or a real server, against every recorded case.
+it, and started like ComfyUI's own main.py; arguments it does not know are ignored. It logs to stderr, as
+ComfyUI does, and needs aiohttp and Pillow. test_comfyui_standin.py holds it, or a real server, against
+every recorded case.
 
 Its own nodes, for tests: StandinSleep (slow, silent, interruptible), StandinOutOfMemory (fails `times`
 times in this server's life; without `times` always), StandinCrash (the process dies). Like any node they
@@ -183,8 +184,10 @@ class Server:
             self.number += 1
         if "prompt" not in body:
             return refuse(make_error("no_prompt", "No prompt provided", "No prompt provided"))
-        prompt_id = body.get("prompt_id") or str(uuid.uuid4())
-        if not is_canonical_uuid(prompt_id):
+        prompt_id = body.get("prompt_id")
+        if prompt_id is None:
+            prompt_id = str(uuid.uuid4())
+        elif not is_canonical_uuid(prompt_id):
             details = "prompt_id must be a UUID string in canonical lowercase hyphenated form; "
             details += "omit it to let the server generate one"
             return refuse(make_error("invalid_prompt_id", "prompt_id must be a valid UUID", details))
@@ -225,10 +228,10 @@ class Server:
     async def post_queue(self, request: web.Request) -> web.Response:
         body = await request.json()
         if body.get("clear"):
-            self.executor.drop(lambda _: True)
+            self.executor.pending.clear()
+            self.send_status()
         for prompt_id in body.get("delete", []):
-            if self.executor.drop(lambda job, wanted=prompt_id: job.prompt_id == wanted):
-                self.send_status()  # ComfyUI, too, tells it twice when the last one goes
+            self.executor.delete(prompt_id)
         return web.Response()
 
     async def post_interrupt(self, request: web.Request) -> web.Response:
@@ -367,15 +370,14 @@ class Executor(threading.Thread):
             self.server.send_status()
             self.changed.notify()
 
-    def drop(self, unwanted: Callable[[Job], bool]) -> bool:
-        """Take prompts out of the queue without a trace; tell whether that emptied it."""
+    def delete(self, prompt_id: str) -> None:
+        """Take a waiting prompt out of the queue without a trace."""
         with self.changed:
-            kept = [job for job in self.pending if not unwanted(job)]
-            emptied = bool(self.pending) and not kept
-            if len(kept) < len(self.pending):
-                self.pending = kept
+            for job in [job for job in self.pending if job.prompt_id == prompt_id][:1]:
+                self.pending.remove(job)
                 self.server.send_status()
-            return emptied
+                if not self.pending:
+                    self.server.send_status()  # ComfyUI, too, tells it twice when the last one goes
 
     def snapshot(self) -> tuple[list[Job], list[Job]]:
         """Return what runs and what waits."""
@@ -476,7 +478,7 @@ class Run:
         while self.waits:
             ready = [node_id for node_id, waits in self.waits.items() if not waits]
             node_id = min(ready, key=self.steps_to_output)
-            where = {"prompt_id": self.prompt_id, "node_id": node_id}
+            where: JSON = {"prompt_id": self.prompt_id, "node_id": node_id}
             where |= {"node_type": self.nodes[node_id]["class_type"], "executed": self.executed}
             try:
                 self.visit(node_id)
@@ -877,7 +879,9 @@ def describe_node(name: str, settings: Settings) -> JSON:
     required = info["input"]["required"]
     if name == "LoadImage":
         files = [file.name for file in settings.folders["input"].iterdir() if file.is_file()]
-        required["image"][0] = sorted(file for file in files if "image/" in str(mimetypes.guess_type(file)[0]))
+        required["image"][0] = sorted(
+            file for file in files if "image/" in str(mimetypes.guess_type(file, strict=False)[0])
+        )
     if name == "CheckpointLoaderSimple":
         root = settings.models / "checkpoints"  # a link, or full of links, as may be
         paths = [Path(folder, file) for folder, _, files in os.walk(root, followlinks=True) for file in files]
@@ -984,8 +988,7 @@ def decode_latent(call: Call) -> Result:
     return [Frames(draw_picture(width, height, seed, latent.text) for seed in seeds)], {}
 
 
-@node("SaveImage")
-def save_image(call: Call, kind: str = "output") -> Result:
+def save_pictures(call: Call, kind: str) -> Result:
     """Write PNG files that carry their prompt."""
     images, info = call["images"], PngInfo()
     for name, value in call.metadata().items():
@@ -993,10 +996,16 @@ def save_image(call: Call, kind: str = "output") -> Result:
     return [], call.save("png", lambda path, index: images[index].save(path, pnginfo=info), len(images), kind)
 
 
+@node("SaveImage")
+def save_image(call: Call) -> Result:
+    """Write pictures in output/."""
+    return save_pictures(call, "output")
+
+
 @node("PreviewImage", images=IMAGE)
 def preview_image(call: Call) -> Result:
-    """Write PNG files in temp/."""
-    return save_image(call, "temp")
+    """Write pictures in temp/."""
+    return save_pictures(call, "temp")
 
 
 @node("PreviewAny", source=["*", {}])
@@ -1079,7 +1088,8 @@ def run_out_of_memory(call: Call) -> Result:
 
 @node("StandinCrash", "IMAGE", image=OPTIONAL_IMAGE)
 def crash(_: Call) -> Result:
-    """Die as a process does that the kernel kills."""
+    """Die as a process does that the kernel kills, in the middle of the job."""
+    time.sleep(0.2)  # the answer to POST /prompt gets out first
     os._exit(1)
 
 
@@ -1134,13 +1144,14 @@ def write_caption(picture: Image.Image, title: str, caption: str) -> None:
 
 def read_settings(args: argparse.Namespace) -> Settings:
     """Find the folders: those named, else those beside this file. As in ComfyUI, temp/ is put into the one named."""
-    base = Path(args.base_directory or Path(__file__).parent).absolute()
+    base = Path(args.base_directory or Path(__file__).parent)
+    folders = {
+        "output": Path(args.output_directory or base / "output"),
+        "input": Path(args.input_directory or base / "input"),
+        "temp": Path(args.temp_directory or base) / "temp",
+    }
     return Settings(
-        folders={
-            "output": Path(args.output_directory or base / "output").absolute(),
-            "input": Path(args.input_directory or base / "input").absolute(),
-            "temp": Path(args.temp_directory or base).absolute() / "temp",
-        },
+        folders={kind: Path(os.path.abspath(folder)) for kind, folder in folders.items()},  # noqa: PTH100 - see is_inside
         models=base / "models",
         metadata=not args.disable_metadata,
         step_seconds=float(os.environ.get("STANDIN_STEP_SECONDS", "0.05")),

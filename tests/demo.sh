@@ -17,7 +17,7 @@ source "$ROOT/tests/lib.sh"
 case ${1:-} in
   '') ;;
   -h | --help)
-    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+    show_help
     exit
     ;;
   *) die "unknown argument '$1': it takes none, see --help" ;;

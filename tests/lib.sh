@@ -11,6 +11,11 @@ die() {
   exit 1
 }
 
+# show_help: the comment at the top of the script that was started.
+show_help() {
+  sed -n '3,/^[^#]/s/^# \{0,1\}//p' "$0"
+}
+
 prepare_venv() {
   local root=$1 python=${PYTHON:-python3} venv=$1/tests/.venv stamp
   command -v "$python" >/dev/null || die "$python is not installed: install Python 3.11 or newer (Ubuntu: apt install python3 python3-venv)"

@@ -1,14 +1,20 @@
 #!/usr/bin/env bash
 #
-# Lint and tests: shellcheck, shfmt, ruff, mypy, pytest. Usage: tests/run.sh [PYTEST ARGUMENT ...]
+# Lint and tests: shellcheck, shfmt, ruff, mypy, pytest.
 #
-# Needs Python 3.11+ and Bash.
+# Usage: tests/run.sh [PYTEST ARGUMENT ...]
+#
+# Needs Python 3.11+ and Bash. Example: tests/run.sh -k callback
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=tests/lib.sh
 source "$ROOT/tests/lib.sh"
 
+if [[ ${1:-} == -h || ${1:-} == --help ]]; then
+  show_help
+  exit
+fi
 prepare_venv "$ROOT"
 cd "$ROOT"
 

@@ -1,0 +1,403 @@
+"""Moto's server and a base machine, for the tests of create_env.sh and delete_env.sh.
+
+    aws_fixtures.py
+
+alone serves moto on a free loopback port, which it prints, with what moto lacks of create_env.sh's calls.
+It is a process of its own, so that no other test shares its state.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import pty
+import re
+import shutil
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from botocore.exceptions import ClientError
+
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+ACCOUNT_ID = "123456789012"
+REGION = "us-west-2"
+CALL_LIMIT_S = 120.0
+LOOKS_TAG = "looks-until-available"  # on a base instance: how often its new image is still pending when looked at
+
+ENV_FILE = f"""ENV=base
+PREFIX=simple-comfy
+ACCOUNT_ID={ACCOUNT_ID}
+REGION={REGION}
+S3_BUCKET=${{PREFIX}}-${{ACCOUNT_ID}}-${{REGION}}-${{ENV}}
+SQS_NAME=${{PREFIX}}-${{ENV}}-queue
+ASG_NAME=${{PREFIX}}-${{ENV}}-asg
+INSTANCE_TYPE=g5.2xlarge
+MIN_INSTANCES=0
+MAX_INSTANCES=20
+"""
+
+
+# --- The server ------------------------------------------------------------------------------------------
+
+
+def serve() -> None:
+    """Serve until ended. Prints the port."""
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import make_server
+
+    fill_gaps()
+    server = make_server("127.0.0.1", 0, DomainDispatcherApplication(create_backend_app), threaded=True)
+    print(server.server_port, flush=True)
+    server.serve_forever()
+
+
+def fill_gaps() -> None:
+    """Moto refuses snapshot tags in CreateImage, has every image at once, and ignores a group's hooks."""
+    from moto.autoscaling.responses import AutoScalingResponse
+    from moto.ec2.exceptions import EC2ClientError
+    from moto.ec2.models import EC2Backend
+
+    create_image, describe_images = EC2Backend.create_image, EC2Backend.describe_images
+    create_group = AutoScalingResponse.create_auto_scaling_group
+
+    @functools.wraps(create_image)
+    def create_image_with_snapshot_tags(
+        self: Any, instance_id: str, name: str, description: str, tag_specifications: list[dict[str, Any]]
+    ) -> Any:
+        image_tags = [spec for spec in tag_specifications if spec["ResourceType"] == "image"]
+        image: Any = create_image(self, instance_id, name, description, image_tags)
+        for spec in tag_specifications:
+            if spec["ResourceType"] == "snapshot":
+                self.create_tags([image.ebs_snapshot.id], {tag["Key"]: tag["Value"] for tag in spec["Tags"]})
+        tags = {tag["key"]: tag["value"] for tag in self.get_instance(instance_id).get_tags()}
+        image.looks = int(tags.get(LOOKS_TAG, "0"))
+        image.state = "pending" if image.looks else "available"
+        return image
+
+    @functools.wraps(describe_images)
+    def describe_images_as_they_end(self: Any, *args: Any, **kwargs: Any) -> Any:
+        images: list[Any] = describe_images(self, *args, **kwargs)
+        for image in images:
+            if image.state == "pending":
+                image.looks -= 1
+                image.state = "pending" if image.looks > 0 else "available"
+        return images
+
+    @functools.wraps(create_group)
+    def create_group_with_hooks(self: Any) -> Any:
+        # As AWS may: the template is tried first, and an image that is not ready is refused.
+        template = self._get_param("LaunchTemplate", {})
+        backend = self.autoscaling_backend
+        version = backend.ec2_backend.get_launch_template_by_name(template["LaunchTemplateName"]).default_version()
+        image = backend.ec2_backend.amis.get(version.image_id)
+        if image is None or image.state != "available":
+            raise EC2ClientError("ValidationError", f"The image id '[{version.image_id}]' is not available")
+        answer = create_group(self)
+        for hook in self._get_param("LifecycleHookSpecificationList", []):
+            backend.create_lifecycle_hook(
+                hook["LifecycleHookName"],
+                self._get_param("AutoScalingGroupName"),
+                hook["LifecycleTransition"],
+                int(hook["HeartbeatTimeout"]),
+                hook["DefaultResult"],
+            )
+        return answer
+
+    # setattr, because a type checker rightly frowns on replacing methods.
+    setattr(EC2Backend, "create_image", create_image_with_snapshot_tags)  # noqa: B010
+    setattr(EC2Backend, "describe_images", describe_images_as_they_end)  # noqa: B010
+    setattr(AutoScalingResponse, "create_auto_scaling_group", create_group_with_hooks)  # noqa: B010
+
+
+# --- What the tests use ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base machine in a VPC of its own: one public subnet, two private ones (by the main route table)."""
+
+    instance_id: str
+    vpc: str
+    public: str
+    private: tuple[str, str]
+    security_group: str
+
+
+class Aws:
+    """A running server, seen by the test."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.endpoint = endpoint
+        self._clients: dict[tuple[str, str], Any] = {}
+
+    def environment(self) -> dict[str, str]:
+        """What a script under test sees: this server, the test tools, and no AWS but this."""
+        return {
+            "PATH": f"{TESTS}/bin:{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin",
+            "HOME": "/nonexistent",
+            "LANG": "C.UTF-8",
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_EC2_METADATA_SERVICE_ENDPOINT": "http://127.0.0.1:9",  # the discard port: nobody answers
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "POLL_SECONDS": "0.1",
+        }
+
+    def client(self, service: str, region: str = REGION) -> Any:
+        """A boto3 client, made once."""
+        if (service, region) not in self._clients:
+            self._clients[service, region] = boto3.client(
+                service,
+                endpoint_url=self.endpoint,
+                region_name=region,
+                aws_access_key_id="test",
+                aws_secret_access_key="test",
+            )
+        return self._clients[service, region]
+
+    def reset(self) -> None:
+        """Forget everything."""
+        with urllib.request.urlopen(f"{self.endpoint}/moto-api/reset", data=b"", timeout=CALL_LIMIT_S):
+            pass
+
+    def make_base(self, region: str = REGION, *, looks_until_available: int = 0, files: bool = True) -> Base:
+        """A base machine and, with `files`, its bucket."""
+        ec2, iam = self.client("ec2", region), self.client("iam", region)
+        vpc = ec2.create_vpc(CidrBlock="10.0.0.0/16")["Vpc"]["VpcId"]
+        public, first, second = (
+            ec2.create_subnet(VpcId=vpc, CidrBlock=f"10.0.{i}.0/24", AvailabilityZone=region + zone)["Subnet"][
+                "SubnetId"
+            ]
+            for i, zone in enumerate("aab")
+        )
+        self.open_to_internet(vpc, public, region)
+        group = ec2.create_security_group(GroupName="comfy", Description="comfy", VpcId=vpc)["GroupId"]
+        iam.create_instance_profile(InstanceProfileName="comfy")
+        ec2.create_key_pair(KeyName="operator")
+        image = ec2.register_image(Name="ubuntu")["ImageId"]
+        tags = [{"Key": LOOKS_TAG, "Value": str(looks_until_available)}]
+        instance = ec2.run_instances(
+            ImageId=image,
+            InstanceType="g5.2xlarge",
+            MinCount=1,
+            MaxCount=1,
+            SubnetId=first,
+            SecurityGroupIds=[group],
+            IamInstanceProfile={"Name": "comfy"},
+            KeyName="operator",
+            TagSpecifications=[{"ResourceType": "instance", "Tags": tags}],
+        )["Instances"][0]["InstanceId"]
+        if files:
+            self.make_bucket(f"simple-comfy-{ACCOUNT_ID}-{region}-base", region)
+        return Base(instance, vpc, public, (first, second), group)
+
+    def open_to_internet(self, vpc: str, subnet: str, region: str = REGION) -> None:
+        """Give the subnet a route table of its own with a route to an internet gateway."""
+        ec2 = self.client("ec2", region)
+        gateway = ec2.create_internet_gateway()["InternetGateway"]["InternetGatewayId"]
+        table = ec2.create_route_table(VpcId=vpc)["RouteTable"]["RouteTableId"]
+        ec2.create_route(RouteTableId=table, DestinationCidrBlock="0.0.0.0/0", GatewayId=gateway)
+        ec2.associate_route_table(RouteTableId=table, SubnetId=subnet)
+
+    def make_bucket(
+        self, name: str, region: str = REGION, *, tag: str = "", files: tuple[str, ...] | None = None
+    ) -> None:
+        """A bucket with `files` (by default what a base machine has), tagged as environment `tag`."""
+        s3 = self.client("s3", region)
+        place = {} if region == "us-east-1" else {"CreateBucketConfiguration": {"LocationConstraint": region}}
+        s3.create_bucket(Bucket=name, **place)
+        if tag:
+            s3.put_bucket_tagging(Bucket=name, Tagging={"TagSet": [{"Key": "comfy-env", "Value": tag}]})
+        if files is None:
+            files = ("models/model.safetensors", "input/photo.png", "input/jobs/queued.json", "output/old.png")
+        for key in files:
+            s3.put_object(Bucket=name, Key=key, Body=key.encode())
+
+    def files(self, bucket: str) -> dict[str, str]:
+        """Every key and what is in it."""
+        s3 = self.client("s3")
+        keys = [found["Key"] for found in s3.list_objects_v2(Bucket=bucket).get("Contents", [])]
+        return {key: s3.get_object(Bucket=bucket, Key=key)["Body"].read().decode() for key in keys}
+
+    def everything(self, name: str, region: str = REGION) -> dict[str, Any]:
+        """All that exists of the environment `name`, as AWS describes it. Empty when there is nothing."""
+        ec2, sqs, s3 = self.client("ec2", region), self.client("sqs", region), self.client("s3", region)
+        autoscaling = self.client("autoscaling", region)
+        found: dict[str, Any] = {}
+        for url in sqs.list_queues(QueueNamePrefix=f"simple-comfy-{name}-").get("QueueUrls", []):
+            attributes = sqs.get_queue_attributes(QueueUrl=url, AttributeNames=["All"])["Attributes"]
+            tags = sqs.list_queue_tags(QueueUrl=url).get("Tags", {})
+            found[url.rpartition("/")[2]] = {"attributes": attributes, "tags": tags}
+        for bucket in s3.list_buckets()["Buckets"]:
+            if bucket["Name"].endswith(f"{region}-{name}"):
+                found["bucket"] = bucket["Name"]
+                for key, look, answer in (
+                    ("bucket tags", s3.get_bucket_tagging, "TagSet"),
+                    ("bucket access", s3.get_public_access_block, "PublicAccessBlockConfiguration"),
+                ):
+                    with suppress(ClientError):  # how S3 says that there is none
+                        found[key] = look(Bucket=bucket["Name"])[answer]
+                found["bucket files"] = s3.list_objects_v2(Bucket=bucket["Name"]).get("Contents", [])
+        mine = [{"Name": "tag:comfy-env", "Values": [name]}]
+        found["images"] = ec2.describe_images(Owners=["self"], Filters=mine)["Images"]
+        found["snapshots"] = ec2.describe_snapshots(OwnerIds=["self"], Filters=mine)["Snapshots"]
+        states = [{"Name": "instance-state-name", "Values": ["pending", "running", "stopping", "stopped"]}]
+        found["instances"] = ec2.describe_instances(Filters=mine + states)["Reservations"]
+        found["templates"] = ec2.describe_launch_templates(Filters=mine_by_name(name))["LaunchTemplates"]
+        if found["templates"]:
+            template = found["templates"][0]["LaunchTemplateName"]
+            found["versions"] = ec2.describe_launch_template_versions(LaunchTemplateName=template)[
+                "LaunchTemplateVersions"
+            ]
+        groups = autoscaling.describe_auto_scaling_groups(AutoScalingGroupNames=[f"simple-comfy-{name}-asg"])
+        found["groups"] = groups["AutoScalingGroups"]
+        if found["groups"]:
+            found["hooks"] = autoscaling.describe_lifecycle_hooks(AutoScalingGroupName=f"simple-comfy-{name}-asg")[
+                "LifecycleHooks"
+            ]
+        return {key: value for key, value in found.items() if value}
+
+
+def mine_by_name(name: str) -> list[dict[str, Any]]:
+    return [{"Name": "launch-template-name", "Values": [f"simple-comfy-{name}-asg-template"]}]
+
+
+def tags_of(described: list[dict[str, Any]]) -> dict[str, str]:
+    return {tag["Key"]: tag["Value"] for tag in described}
+
+
+class Bundle:
+    """A folder with the scripts and an `env`, as an operator has it."""
+
+    def __init__(self, folder: Path, aws: Aws) -> None:
+        self.folder = folder
+        self.aws = aws
+        self.env_file = folder / "env"
+        folder.mkdir()
+        for name in ("create_env.sh", "delete_env.sh", "comfy_utils.py"):
+            shutil.copy(ROOT / name, folder)
+        self.env_file.write_text(ENV_FILE)
+
+    def set(self, **settings: str) -> None:
+        """Change lines of `env`, or add them."""
+        text = self.env_file.read_text()
+        for name, value in settings.items():
+            text = re.sub(rf"^{name}=.*\n", "", text, flags=re.MULTILINE)
+            # Settings that others refer to stay above them.
+            text = f"{name}={value}\n{text}"
+        self.env_file.write_text(text)
+
+    def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run a script of the bundle, with no terminal."""
+        return subprocess.run(
+            [str(self.folder / command[0]), *command[1:]],
+            env=self.aws.environment() | environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=CALL_LIMIT_S,
+            check=False,
+        )
+
+    def run_function(
+        self, shell: str, script: str = "create_env.sh", **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Source a script and run `shell` in it, as environment pro."""
+        return subprocess.run(
+            ["bash", "-c", f"source {self.folder}/{script}; choose_env pro; {shell}"],
+            env=self.aws.environment() | environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=CALL_LIMIT_S,
+            check=False,
+        )
+
+    def run_on_terminal(self, *command: str, answer: str, **environment: str) -> tuple[int, str]:
+        """Run a script on a terminal where `answer` is typed. Returns the exit code and all that was shown."""
+        controller, terminal = pty.openpty()
+        process = subprocess.Popen(
+            [str(self.folder / command[0]), *command[1:]],
+            env=self.aws.environment() | environment,
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
+            start_new_session=True,
+        )
+        os.close(terminal)
+        os.write(controller, f"{answer}\n".encode())
+        shown = b""
+        try:
+            while chunk := os.read(controller, 4096):
+                shown += chunk
+        except OSError:
+            pass  # how Linux says that the other side has closed
+        os.close(controller)
+        return process.wait(timeout=CALL_LIMIT_S), shown.decode()
+
+    def break_call(self, words: str, message: str, times: int = 1000) -> str:
+        """A PATH on which `aws ... WORDS ...` fails `times` times with `message`; the rest is the real CLI."""
+        folder = self.folder / "broken"
+        folder.mkdir(exist_ok=True)
+        counter = folder / "left"
+        counter.write_text(str(times))
+        stub = folder / "aws"
+        stub.write_text(
+            f"""#!/usr/bin/env bash
+left=$(<'{counter}')
+if [[ " $* " == *" {words} "* ]] && ((left > 0)); then
+  echo $((left - 1)) >'{counter}'
+  printf '\\nAn error occurred (%s) when calling an operation: no.\\n' '{message}' >&2
+  exit 254
+fi
+exec '{TESTS}/bin/aws' "$@"
+"""
+        )
+        stub.chmod(0o755)
+        return f"{folder}:{self.aws.environment()['PATH']}"
+
+
+@pytest.fixture(scope="session")
+def aws_server() -> Iterator[Aws]:
+    """The server, one for each pytest process."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    process = subprocess.Popen(
+        [sys.executable, str(Path(__file__).resolve())],
+        env=environment | {"MOTO_EC2_LOAD_DEFAULT_AMIS": "false"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdout
+    port = process.stdout.readline().strip()
+    assert port, "moto's server did not start"
+    try:
+        yield Aws(f"http://127.0.0.1:{port}")
+    finally:
+        process.terminate()
+        process.wait(timeout=CALL_LIMIT_S)
+
+
+@pytest.fixture
+def aws(aws_server: Aws) -> Aws:
+    """The server with nothing in it."""
+    aws_server.reset()
+    return aws_server
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, aws: Aws) -> Bundle:
+    return Bundle(tmp_path / "bundle", aws)
+
+
+if __name__ == "__main__":
+    serve()
