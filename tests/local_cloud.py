@@ -58,6 +58,15 @@ class ApiError(Exception):
         self.code = code
 
 
+@dataclass(frozen=True)
+class Fault:
+    """What a call is answered instead: an error with this status and AWS code, after a while."""
+
+    status: int
+    code: str
+    after_s: float = 0.0
+
+
 @dataclass
 class Termination:
     """An instance on its way out of its group, waiting for its lifecycle hook."""
@@ -71,11 +80,15 @@ class Termination:
 class LocalCloud:
     """AWS on loopback. `with LocalCloud(folder) as cloud:` starts it and ends everything it started."""
 
-    def __init__(self, folder: Path, *, boot_s: float = 0.0) -> None:
+    def __init__(self, folder: Path, *, boot_s: float = 0.0, restart_s: float | None = None) -> None:
+        """`boot_s` delays each instance's boot; `restart_s` stands for the units' own RestartSec."""
         self.folder = folder.resolve()
         self.boot_s = boot_s
+        self.restart_s = restart_s
         self.machines: dict[str, Machine] = {}
         self.terminations: dict[str, Termination] = {}
+        self.fault: Callable[[str, str], Fault | None] = lambda _service, _operation: None
+        """Tests set it: (service, operation) -> what to answer instead. S3 operations are HTTP methods."""
         self._base_folders: dict[str, Path] = {}
         self._lock = threading.RLock()
         self._moto = DomainDispatcherApplication(create_backend_app)
@@ -216,10 +229,12 @@ class LocalCloud:
         environ["wsgi.input"] = io.BytesIO(body)
         scope = re.search(r"Credential=[^/]+/[0-9]+/[^/]+/(\w+)/", environ.get("HTTP_AUTHORIZATION", ""))
         service = scope[1] if scope else ""
-        if service not in ("autoscaling", "ec2"):
-            return self._moto(environ, start_response)  # type: ignore[no-any-return]
-        parameters = dict(parse_qsl(body.decode(errors="replace")))
-        action = parameters.get("Action", "")
+        parameters = dict(parse_qsl(body.decode(errors="replace"))) if service != "s3" else {}
+        target = environ.get("HTTP_X_AMZ_TARGET", "").rpartition(".")[2]
+        action = parameters.get("Action") or target or environ["REQUEST_METHOD"]
+        fault = self.fault(service, action)
+        if fault is not None:
+            return self._answer_fault(fault, start_response, json_protocol=bool(target))
         handler = getattr(self, f"_on_{service}_{action}", None)
         if handler is None:
             return self._moto(environ, start_response)  # type: ignore[no-any-return]
@@ -247,6 +262,20 @@ class LocalCloud:
             f"<{action}Result>{answer}</{action}Result>"
             f"<ResponseMetadata><RequestId>local</RequestId></ResponseMetadata></{action}Response>"
         )
+        return [text.encode()]
+
+    def _answer_fault(
+        self, fault: Fault, start_response: Callable[..., Any], *, json_protocol: bool
+    ) -> Iterable[bytes]:
+        self._ended.wait(fault.after_s)
+        if json_protocol:
+            headers = [("Content-Type", "application/x-amz-json-1.0")]
+            text = json.dumps({"__type": f"com.amazonaws#{fault.code}", "message": "a fault of the local cloud"})
+        else:
+            headers = [("Content-Type", "text/xml")]
+            error = f"<Code>{fault.code}</Code><Message>a fault of the local cloud</Message>"
+            text = f"<ErrorResponse><Error>{error}</Error><RequestId>local</RequestId></ErrorResponse>"
+        start_response(f"{fault.status} Fault", headers)
         return [text.encode()]
 
     def _on_ec2_CreateImage(self, parameters: dict[str, str], pass_on: Callable[[], bytes]) -> bytes:  # noqa: N802
@@ -348,6 +377,16 @@ class LocalCloud:
         termination = self._termination(parameters)
         termination.deadline = time.monotonic() + termination.heartbeat_s
         return ""
+
+    def _on_autoscaling_SetInstanceHealth(  # noqa: N802
+        self, parameters: dict[str, str], pass_on: Callable[[], bytes]
+    ) -> bytes:
+        answer = pass_on()
+        state = self._state(parameters["InstanceId"])
+        if state is not None and state.lifecycle_state == "InService" and state.health_status == "Unhealthy":
+            self._begin_termination(state)
+            state.auto_scaling_group.set_desired_capacity(state.auto_scaling_group.desired_capacity)
+        return answer
 
     def _on_autoscaling_DeleteAutoScalingGroup(  # noqa: N802
         self, parameters: dict[str, str], pass_on: Callable[[], bytes]
@@ -557,7 +596,9 @@ class Machine:
         parser.optionxform = str  # type: ignore[assignment,method-assign]
         parser.read(unit)
         command = shlex.split(parser["Service"]["ExecStart"].replace(INSTALL_DIR, str(self.folder)))
-        pause_s = float(parser["Service"].get("RestartSec", "0.1").removesuffix("s"))
+        pause_s = float(parser["Service"].get("RestartSec", "0.1"))
+        if self.cloud.restart_s is not None:
+            pause_s = self.cloud.restart_s
         with (self.side / f"{unit.stem}.log").open("ab") as log:
             while self.is_on():
                 process = subprocess.Popen(
@@ -570,6 +611,7 @@ class Machine:
                     start_new_session=True,
                 )
                 self.services[unit.stem] = process
+                (self.side / f"{unit.stem}.pid").write_text(str(process.pid))  # for the stand-in of systemctl
                 if self.off.is_set():
                     process.terminate()  # switched off while it was being started
                 process.wait()

@@ -184,6 +184,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         standin.stop()
 
 
+@pytest.fixture(autouse=True)
+def _idle(request: pytest.FixtureRequest) -> None:
+    """Let what the test before left running come to its end: its messages are not for this one."""
+    if "server" in request.fixturenames:
+        server: Server = request.getfixturevalue("server")
+        wait_for(lambda: server.queue() == ([], []), "empty queue")
+
+
 @pytest.fixture
 def standin(server: Server) -> Standin:
     """The shared stand-in."""
@@ -520,6 +528,12 @@ def test_validation(server: Server, node_id: str, changes: JSON, kind: str | Non
         assert body["error"]["type"] == "prompt_outputs_failed_validation"
 
 
+def test_numbers_are_converted(server: Server) -> None:
+    workflow = save_workflow()
+    workflow["1"]["inputs"]["width"] = "32"
+    assert server.run(workflow)["prompt"][2]["1"]["inputs"]["width"] == 32
+
+
 def test_cycle_is_refused(server: Server) -> None:
     blur = {"blur_radius": 1, "sigma": 1.0}
     workflow = {
@@ -761,6 +775,17 @@ def test_pictures_show_their_seed_and_carry_their_prompt(standin: Standin) -> No
         assert json.loads(picture.text["prompt"])["3"]["inputs"]["seed"] == seed  # type: ignore[attr-defined]
         pictures.append(picture.tobytes())
     assert len(set(pictures)) == 3
+
+
+@standin_only
+def test_nodes_near_an_output_run_first(standin: Standin) -> None:
+    workflow = draw_workflow(uuid.uuid4().int % 2**32)
+    workflow["8"]["inputs"] = {"vae": ["4", 2], "samples": ["3", 0]}  # now node 5 is found before node 4
+    empty_cache(standin)
+    client = Client(standin)
+    messages = client.read_to_end(standin.submit(workflow, client_id=client.id))
+    order = [message["data"]["node"] for message in messages if message["type"] == "executing"]
+    assert order == ["4", "5", "7", "6", "3", "8", "9", None]
 
 
 @standin_only
