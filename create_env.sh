@@ -199,7 +199,7 @@ find_instance_id() {
   answer=$(cd "$HERE" && PYTHONDONTWRITEBYTECODE=1 python3 -c \
     'from comfy_utils import Metadata; print(Metadata().get("instance-id"))' 2>&1) \
     || die "this is not an EC2 instance, so far as can be seen (${answer##*$'\n'}): give the base machine's id, ${0##*/} $ENV i-..."
-  printf '%s' "$answer"
+  printf '%s' "${answer##*$'\n'}"
 }
 
 # inspect_base INSTANCE_ID: sets VPC, SECURITY_GROUPS, PROFILE, KEY_NAME and DEVICES (None where the
@@ -382,7 +382,7 @@ bucket_owner() {
   local answer
   if answer=$(aws s3api get-bucket-tagging --bucket "$S3_BUCKET" --expected-bucket-owner "$ACCOUNT_ID" \
     --query "TagSet[?Key=='comfy-env'].Value | [0]" --output text 2>&1); then
-    printf '%s' "$answer"
+    printf '%s' "${answer##*$'\n'}" # the last line, in case the CLI had a warning
   elif [[ $answer == *NoSuchTagSet* ]]; then
     printf None
   elif [[ $answer == *NoSuchBucket* ]]; then
@@ -508,13 +508,11 @@ ensure_template() {
     return
   fi
   while read -r version is_default; do
-    [[ $is_default != True ]] || break
-    found=${found:-$version}
+    case $is_default in
+      True) report template "$TEMPLATE_NAME" "already there" && return ;;
+      False) found=$version ;; # an earlier run was stopped right after it
+    esac
   done <<<"$answer"
-  if [[ $is_default == True ]]; then
-    report template "$TEMPLATE_NAME" "already there"
-    return
-  fi
   if [[ -z $found ]]; then
     found=$(ask_aws "add a version to the launch template $TEMPLATE_NAME" ec2 create-launch-template-version \
       --launch-template-name "$TEMPLATE_NAME" \

@@ -21,6 +21,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/create_env.sh" # names, settings, die, re
 # How long to wait until AWS has ended the instances, and until it lists a deleted queue no more.
 GONE_WAIT_SECONDS=${GONE_WAIT_SECONDS:-1200}
 FORGET_WAIT_SECONDS=${FORGET_WAIT_SECONDS:-90}
+# How many files S3 takes in one call to delete.
+DELETE_BATCH=${DELETE_BATCH:-1000}
 
 # --- Looking ---------------------------------------------------------------------------------
 
@@ -56,7 +58,7 @@ look_at_queues() {
   for url in $urls; do
     [[ $url == */"$SQS_NAME" || $url == */"$DLQ_NAME" ]] || continue
     if owner=$(aws sqs list-queue-tags --queue-url "$url" --query 'Tags."comfy-env"' --output text 2>&1); then
-      printf 'queue\t%s\t%s\n' "$url" "$owner"
+      printf 'queue\t%s\t%s\n' "$url" "${owner##*$'\n'}"
     # One that was deleted a moment ago may still be listed.
     elif [[ $owner != *NonExistentQueue* && $owner != *QueueDoesNotExist* ]]; then
       die "cannot look at the queue $url:$(one_line "$owner")"
@@ -173,11 +175,11 @@ remove_snapshot() {
 }
 
 # remove_bucket NAME: with every version and delete marker (an unversioned file is the version
-# "null"), a thousand at a time, and every unfinished upload.
+# "null"), and with every unfinished upload.
 remove_bucket() {
-  local bucket=$1 batch kept uploads id key size=1000 count=0
-  while ((size == 1000)); do
-    batch=$(aws s3api list-object-versions --bucket "$bucket" --max-items 1000 --output json \
+  local bucket=$1 batch kept uploads id key size=$DELETE_BATCH count=0
+  while ((size == DELETE_BATCH)); do
+    batch=$(aws s3api list-object-versions --bucket "$bucket" --max-items "$DELETE_BATCH" --output json \
       --query '{Objects: [Versions, DeleteMarkers][].{Key: Key, VersionId: VersionId}}') || return
     size=$(grep -c '"VersionId": ' <<<"$batch")
     ((size > 0)) || break
@@ -239,7 +241,7 @@ ask() {
 }
 
 main() {
-  local name="" yes=no left
+  local name="" yes=no fleet_refused left
   while (($#)); do
     case $1 in
       -h | --help) usage && exit ;;
@@ -265,17 +267,18 @@ main() {
     [[ $yes == yes ]] || ask
     remove_kind group "$FOUND"
     remove_kind instance "$FOUND"
+    fleet_refused=$REFUSED
     remove_kind queue "$FOUND"
     remove_kind template "$FOUND"
     remove_kind image "$FOUND"
     remove_kind snapshot "$FOUND"
-    [[ $REFUSED == yes ]] || wait_until_gone
+    [[ $fleet_refused == yes ]] || wait_until_gone
     remove_kind bucket "$FOUND"
     look_at_the_end
   fi
   if [[ -n $FOUND ]]; then
-    left=$(cut -f 1,2 <<<"$FOUND" | tr '\t\n' ' ,')
-    die "of the environment $ENV is left: ${left%,} (see above why; run this again, or remove it by hand)"
+    left=$(cut -f 1,2 <<<"$FOUND" | paste -s -d , - | sed 's/\t/ /g; s/,/, /g')
+    die "of the environment $ENV is left: $left (see above why; run this again, or remove it by hand)"
   fi
   printf 'Nothing is left of the environment %s.\n' "$ENV"
 }

@@ -30,7 +30,7 @@ TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
 ACCOUNT_ID = "123456789012"
 REGION = "us-west-2"
-CALL_LIMIT_S = 120.0
+CALL_LIMIT_S = 300.0
 LOOKS_TAG = "looks-until-available"  # on a base instance: how often its new image is still pending when looked at
 
 ENV_FILE = f"""ENV=base

@@ -324,6 +324,26 @@ def test_help(bundle: Bundle) -> None:
     assert ran.stdout.rstrip().endswith("is used again.")
 
 
+# --- The base machine ----------------------------------------------------------------------------------------
+
+
+def test_a_base_machine_without_a_profile_is_warned_about(bundle: Bundle, aws: Aws) -> None:
+    ec2 = aws.client("ec2")
+    image = ec2.register_image(Name="ubuntu")["ImageId"]
+    instance = ec2.run_instances(ImageId=image, MinCount=1, MaxCount=1)["Instances"][0]["InstanceId"]
+    ran = bundle.run_function(f'inspect_base {instance}; echo "$PROFILE $KEY_NAME"')
+    assert (ran.returncode, ran.stdout) == (0, "None None\n")
+    assert f"Warning: the base machine {instance} has no instance profile" in ran.stderr
+
+    ec2.terminate_instances(InstanceIds=[instance])
+    ran = bundle.run_function(f"inspect_base {instance}")
+    assert ran.returncode == 1
+    assert (
+        f"the instance {instance} is terminated: an image can be made of it when it is running or stopped"
+        in ran.stderr
+    )
+
+
 # --- Names ---------------------------------------------------------------------------------------------------
 
 
