@@ -57,6 +57,7 @@ class Settings:
     visibility_timeout_s: int
     max_receives: int
     job_timeout_s: int
+    stall_timeout_s: int
     exec_cmd: str
     callback_url: str
     callback_secret: str = field(repr=False)
@@ -95,6 +96,7 @@ _DEFAULTS = {
     "VISIBILITY_TIMEOUT": "120",
     "MAX_RECEIVES": "3",
     "JOB_TIMEOUT": "3600",
+    "STALL_TIMEOUT": "900",
     "EXEC_CMD": "base",
     "CALLBACK_URL": "",
     "CALLBACK_SECRET": "",
@@ -177,7 +179,9 @@ def _check(values: Mapping[str, str], path: Path) -> Settings:
         comfy_address=text("COMFY_ADDRESS", r"[A-Za-z0-9.-]+:[0-9]{1,5}", "HOST:PORT"),
         visibility_timeout_s=number("VISIBILITY_TIMEOUT", 3, 43_200),
         max_receives=number("MAX_RECEIVES", 1, 1000),
-        job_timeout_s=number("JOB_TIMEOUT", 1, 604_800),
+        # A receive lasts 12 hours at most, and the job has to end within it.
+        job_timeout_s=number("JOB_TIMEOUT", 1, 42_000),
+        stall_timeout_s=number("STALL_TIMEOUT", 2, 42_000),
         exec_cmd=text("EXEC_CMD", r"base|always|never", "base, always or never"),
         callback_url=text("CALLBACK_URL", r"(https?://\S+)?", "an http(s) address, or leave it out"),
         callback_secret=values["CALLBACK_SECRET"],
@@ -249,7 +253,7 @@ def parse_message(body: str, message_id: str) -> Job:
     `message_id`, a UUID too, serves. Raises InvalidMessageError.
     """
     try:
-        message = json.loads(body)
+        message = json.loads(body, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         raise InvalidMessageError("the message is not JSON: send a workflow saved with Save (API Format)") from None
     if not isinstance(message, dict):
@@ -278,6 +282,10 @@ def parse_message(body: str, message_id: str) -> Job:
             )
         return Job(job_id, workflow_key=message["workflow_key"], callback_url=callback_url)
     return Job(job_id, workflow=check_workflow(message["prompt"]), callback_url=callback_url)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 def own_outputs(workflow: Workflow, job_id: str) -> Workflow:
@@ -381,6 +389,14 @@ class ComfyGoneError(Exception):
     """ComfyUI does not answer, or has lost the job by a restart: worth another try."""
 
 
+class ComfySlowError(ComfyGoneError):
+    """ComfyUI took the call but does not answer in time: a node may keep its whole interpreter busy."""
+
+
+class ComfyStalledError(ComfyGoneError):
+    """ComfyUI answers but nothing moves: its executor is dead, and only a restart helps."""
+
+
 class WorkflowRefusedError(Exception):
     """ComfyUI refused the workflow; carries the `error` of the result."""
 
@@ -398,10 +414,15 @@ class JobStoppedError(Exception):
 
 
 class Finished(NamedTuple):
-    """A job that ended: its history entry, and the `node_errors` of branches dropped when it was accepted."""
+    """A job that ended: its history entry, and what was said besides.
+
+    `node_errors` are those of branches dropped when it was accepted. `blocked` is the text of an
+    `execution_error` although the history says success: an ExecutionBlocker held a branch back.
+    """
 
     entry: dict[str, Any]
     node_errors: dict[str, Any]
+    blocked: str | None
 
 
 class OutputFile(NamedTuple):
@@ -434,6 +455,7 @@ class ComfyUI:
         prompt_id: str,
         *,
         timeout_s: float,
+        stall_s: float = math.inf,
         on_progress: Callable[[dict[str, Any]], None] = lambda _: None,
         should_stop: Callable[[], bool] = lambda: False,
         again: bool = False,
@@ -441,35 +463,38 @@ class ComfyUI:
         """Run a workflow to its end and return its history entry.
 
         A job with this id that the server already has is adopted, not run twice, unless `again` says
-        that its end is known and it is to run once more. Raises WorkflowRefusedError, ComfyGoneError,
-        JobTimeoutError and JobStoppedError (both after interrupting the job).
+        that its end is known and it is to run once more. `should_stop` is asked every second. Raises
+        WorkflowRefusedError, ComfyGoneError, ComfyStalledError (no event for `stall_s` while it is said
+        to run), JobTimeoutError and JobStoppedError (both after interrupting the job).
         """
-        deadline = time.monotonic() + timeout_s
-        socket: Any = None
-        number, node_errors = None, dict[str, Any]()
+        watch = _Watch(prompt_id, timeout_s, stall_s, on_progress, should_stop)
+        node_errors: dict[str, Any] = {}
         try:
             if again or not self._has(prompt_id):
                 client_id = new_job_id()  # a fresh one: the server may forget a second socket of the same id
-                socket = self._connect(client_id)
-                number, node_errors = self._submit(workflow, prompt_id, client_id)
-            entry = self._watch(socket, prompt_id, number, deadline, on_progress, should_stop)
+                watch.socket = self._connect(client_id)
+                with suppress(ComfySlowError):  # whether it was accepted, history and queue will tell
+                    watch.number, node_errors = self._submit(workflow, prompt_id, client_id)
+            entry = self._await_end(watch)
         except (JobTimeoutError, JobStoppedError):
             self.cancel(prompt_id)
             raise
         finally:
-            if socket is not None:
-                socket.close()
-        return Finished(entry, node_errors)
+            watch.close()
+        return Finished(entry, node_errors, watch.error_event if error_of(entry) is None else None)
 
     def history(self, prompt_id: str) -> dict[str, Any] | None:
         """The job's history entry; None while it is pending, running or unknown."""
         entry = self._json("GET", f"/history/{prompt_id}").get(prompt_id)
         return entry if isinstance(entry, dict) else None
 
-    def is_queued(self, prompt_id: str) -> bool:
-        """Whether the job runs or waits."""
+    def place(self, prompt_id: str) -> str | None:
+        """Where the job stands in the queue: "running", "pending", or None."""
         queue = self._json("GET", "/queue")
-        return any(item[1] == prompt_id for part in ("queue_running", "queue_pending") for item in queue[part])
+        for place in ("running", "pending"):
+            if any(item[1] == prompt_id for item in queue[f"queue_{place}"]):
+                return place
+        return None
 
     def cancel(self, prompt_id: str) -> None:
         """Take the job out of the queue, or interrupt it if it runs. Best effort."""
@@ -499,7 +524,7 @@ class ComfyUI:
         entry = self.history(prompt_id)
         if entry is not None and (error_of(entry) or {}).get("kind") != "interrupted":
             return True
-        return self.is_queued(prompt_id)
+        return self.place(prompt_id) is not None
 
     def _submit(self, workflow: Workflow, prompt_id: str, client_id: str) -> tuple[Any, dict[str, Any]]:
         body = {"prompt": workflow, "prompt_id": prompt_id, "client_id": client_id}
@@ -514,48 +539,23 @@ class ComfyUI:
         message = f"ComfyUI answered HTTP {answer.status_code} to this workflow: export it with Save (API Format)"
         raise WorkflowRefusedError(job_error("invalid_workflow", message, detail=answer.text[:4096]))
 
-    def _watch(
-        self,
-        socket: Any,
-        prompt_id: str,
-        number: Any,
-        deadline: float,
-        on_progress: Callable[[dict[str, Any]], None],
-        should_stop: Callable[[], bool],
-    ) -> dict[str, Any]:
-        """Wait for the history entry of the run with this number (of any run when None)."""
-        import websocket
-
-        asked, ended = time.monotonic(), False
+    def _await_end(self, watch: _Watch) -> dict[str, Any]:
+        """Wait for the history entry of the run being watched."""
         while True:
-            if should_stop():
-                raise JobStoppedError
-            if time.monotonic() > deadline:
-                raise JobTimeoutError
-            if socket is None or ended:
-                # History is written shortly after the last event; without a socket it is all we have.
-                time.sleep(0.005 if ended else 0.2)
-            else:
-                try:
-                    event = _read_event(socket.recv(), prompt_id)
-                except websocket.WebSocketTimeoutException:
-                    event = None
-                except (websocket.WebSocketException, OSError):
-                    socket = None
-                    continue
-                if event is not None and event["type"] in ("executing", "progress", "progress_state"):
-                    on_progress(event)
-                ended = event is not None and event["type"] in _LAST_EVENTS
-                if not ended and time.monotonic() < asked + SILENCE_S:
-                    continue
-            asked = time.monotonic()
-            # First the queue, then the history: a job that has left the one is in the other already.
-            queued = self.is_queued(prompt_id)
-            entry = self.history(prompt_id)
-            if entry is not None and number in (None, entry["prompt"][0]) and not (number is None and queued):
+            watch.check()
+            if not watch.has_news():
+                continue
+            try:
+                # First the queue, then the history: a job that has left the one is in the other already.
+                place = self.place(watch.prompt_id)
+                entry = self.history(watch.prompt_id)
+            except ComfySlowError:
+                continue
+            if entry is not None and (place is None if watch.number is None else entry["prompt"][0] == watch.number):
                 return entry
-            if not queued:
+            if place is None:
                 raise ComfyGoneError(f"ComfyUI on {self.address} no longer has the job: it was restarted")
+            watch.note_place(place)
 
     def _connect(self, client_id: str) -> Any:
         import websocket
@@ -599,6 +599,8 @@ class ComfyUI:
                 timeout=(5, timeout_s),
                 stream=stream,
             )
+        except requests.ReadTimeout as error:
+            raise ComfySlowError(f"ComfyUI on {self.address} has not answered in {timeout_s:.0f} s") from error
         except requests.RequestException as error:
             raise ComfyGoneError(f"ComfyUI on {self.address} does not answer: {error}") from error
 
@@ -606,15 +608,95 @@ class ComfyUI:
 SILENCE_S = 2.0
 """Seconds without news of a job after which history and queue are asked."""
 
-_LAST_EVENTS = ("execution_success", "execution_error", "execution_interrupted")
 
+class _Watch:
+    """One run of a job, as far as its websocket tells of it."""
 
-def _read_event(frame: str | bytes, prompt_id: str) -> dict[str, Any] | None:
-    """The event of this job in a websocket frame; None for previews, status and other jobs."""
-    if not isinstance(frame, str) or not frame:
-        return None
-    event: dict[str, Any] = json.loads(frame)
-    return event if event.get("data", {}).get("prompt_id") == prompt_id else None
+    def __init__(
+        self,
+        prompt_id: str,
+        timeout_s: float,
+        stall_s: float,
+        on_progress: Callable[[dict[str, Any]], None],
+        should_stop: Callable[[], bool],
+    ) -> None:
+        self.prompt_id = prompt_id
+        self.timeout_s = timeout_s
+        self.stall_s = stall_s
+        self.on_progress = on_progress
+        self.should_stop = should_stop
+        self.socket: Any = None  # None: it died, or the job was adopted; then only history and queue tell
+        self.number: Any = None  # the run's number in the history; None: any run will do
+        self.error_event: str | None = None
+        self._ended = False
+        self._ended_at = 0.0
+        self._started = self._asked = self._moved = time.monotonic()
+
+    def check(self) -> None:
+        """Raise what ends the watch: a stop, the time limit, a stall."""
+        now = time.monotonic()
+        if self.should_stop():
+            raise JobStoppedError
+        if now > self._started + self.timeout_s:
+            raise JobTimeoutError
+        if self.socket is not None and now > self._moved + self.stall_s:
+            raise ComfyStalledError(f"ComfyUI has said nothing of the running job for {self.stall_s:.0f} s")
+
+    def note_place(self, place: str) -> None:
+        """Take in that the job is still in the queue."""
+        now = time.monotonic()
+        if place == "pending":  # behind others it neither runs out of time nor stalls
+            self._started = self._moved = now
+        if now > self._ended_at + SILENCE_S:  # the error of an ExecutionBlocker does not end the run
+            self._ended = False
+
+    def has_news(self) -> bool:
+        """Wait for an event, up to a second, and say whether history and queue are to be asked."""
+        if self.socket is None or self._ended:
+            # History is written shortly after the last event; without a socket it is all we have.
+            time.sleep(0.005 if self._ended else 0.2)
+        else:
+            event = self._read()
+            if event is not None:
+                self._moved = time.monotonic()
+                self._take(event)
+            if self.socket is not None and not self._ended and time.monotonic() < self._asked + SILENCE_S:
+                return False
+        self._asked = time.monotonic()
+        return True
+
+    def close(self) -> None:
+        """Close the socket."""
+        if self.socket is not None:
+            self.socket.close()
+
+    def _read(self) -> dict[str, Any] | None:
+        """The next event of this job; None for previews, status and other jobs, and for silence."""
+        import websocket
+
+        try:
+            frame = self.socket.recv()
+        except websocket.WebSocketTimeoutException:
+            return None
+        except (websocket.WebSocketException, OSError):
+            self.socket = None
+            return None
+        if not isinstance(frame, str) or not frame:
+            return None
+        event: dict[str, Any] = json.loads(frame)
+        return event if event.get("data", {}).get("prompt_id") == self.prompt_id else None
+
+    def _take(self, event: dict[str, Any]) -> None:
+        if event["type"] in ("executing", "progress", "progress_state"):
+            self.on_progress(event)
+        elif event["type"] in ("execution_success", "execution_error", "execution_interrupted"):
+            self._ended = True
+            self._ended_at = time.monotonic()
+            if event["type"] == "execution_error":
+                data = event["data"]
+                self.error_event = (
+                    f"node {data.get('node_id')} {data.get('node_type')}: {data.get('exception_message')}"
+                )
 
 
 def error_of(entry: Mapping[str, Any]) -> dict[str, Any] | None:

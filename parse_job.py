@@ -15,6 +15,7 @@ import logging
 import logging.handlers
 import mimetypes
 import os
+import random
 import re
 import signal
 import socket
@@ -33,6 +34,7 @@ from urllib.parse import urlsplit
 from comfy_utils import (
     HOOK_NAME,
     ComfyGoneError,
+    ComfyStalledError,
     ComfyUI,
     Finished,
     InvalidMessageError,
@@ -94,7 +96,17 @@ CAPACITY_POLL_S = 30
 LOG_UPLOAD_S = 300
 HEARTBEAT_S = 60
 PROGRESS_S = 5
+TURN_LIMIT_S = 240
+"""A lane that has not turned for so long hangs; systemd's WatchdogSec must be longer."""
+RECEIVE_LIMIT_S = 43_200
+"""SQS holds a received message for 12 hours at most, however often its visibility is extended."""
+COMFY_FAILURES_LIMIT = 2
+"""After so many failures of ComfyUI in a row the instance is declared Unhealthy."""
+CALLBACK_TRIES = 3
+CALLBACKS_AT_ONCE = 8
 COMMAND_OUTPUT_BYTES = 4096
+INTERRUPT_S = 60
+"""An interrupt takes effect at the next node or sampler step; a node that takes longer is stuck."""
 
 
 class PutBackError(Exception):
@@ -116,9 +128,10 @@ class Worker:
         self.stop = threading.Event()  # SIGTERM: give everything back and exit
         self.spot = threading.Event()  # the machine is taken away in two minutes
         self.drain = threading.Event()  # the group takes this instance: finish the job, take nothing new
-        self.busy = threading.Event()  # a message is in hand
+        self.leases: list[Lease] = []  # the messages in hand: one that runs, others whose callback is under way
         self.capacity_due = threading.Event()  # a message was taken: are more instances called for?
-        self.idle_since = time.monotonic()
+        self.idle_since = self.turned_at = self.answered_at = time.monotonic()
+        self.comfy_failures = 0  # in a row
         self.in_group = False
         self.scaling_off_said = False
 
@@ -132,16 +145,20 @@ class Worker:
         self.watch(lane)
         if self.spot.is_set() or (self.drain.is_set() and not self.stop.is_set()):
             lane.join(POLL_S + 5)
+            self.give_back_all()
             self.leave()
         else:
             # A job in hand is given back at once. An empty long poll is not worth waiting for: should
             # it bring a message after all, its lease ends by itself.
-            lane.join(10 if self.busy.is_set() else 0)
+            lane.join(10 if self.leases else 0)
+            self.give_back_all()
             self.upload_logs()
 
     def work(self) -> None:
         """The lane: one message after the other."""
+        failures = 0
         while not self.is_leaving():
+            self.turned_at = time.monotonic()
             try:
                 message = self.receive() if self.comfyui_answers() else None
                 if message is None:
@@ -150,24 +167,32 @@ class Worker:
                     self.put_back(message, delay_s=0)
                 else:
                     self.process_one_message(message)
-            except Exception:
-                logger.exception("The lane goes on after an error")
-                self.stop.wait(5)
+                if self.comfy_failures >= COMFY_FAILURES_LIMIT:
+                    self.declare_unhealthy()
+                failures = 0
+            except Exception as error:
+                failures += 1
+                delay_s = min(2**failures, 60) * random.uniform(0.5, 1)
+                logger.error(
+                    "The lane goes on in %.0f s: %s", delay_s, explain(error), exc_info=not error_code(error)
+                )
+                self.stop.wait(delay_s)
 
     def watch(self, lane: threading.Thread) -> None:
-        """What goes on beside the lane: lifecycle, capacity, logs."""
-        next_look = next_raise = 0.0
+        """What goes on beside the lane, until there is nothing left to wait for."""
+        next_look = next_raise = next_beat = 0.0
         next_upload = time.monotonic() + LOG_UPLOAD_S
-        next_beat = 0.0
-        while lane.is_alive() and not self.stop.wait(0.2) and not self.spot.is_set():
+        while (lane.is_alive() or self.leases) and not self.stop.wait(0.2) and not self.spot.is_set():
             now = time.monotonic()
+            if now < self.turned_at + TURN_LIMIT_S:
+                notify_systemd("WATCHDOG=1")
             if now >= next_look:
                 next_look = now + LIFECYCLE_POLL_S
                 self.look_at_lifecycle()
             if self.drain.is_set() and self.in_group and now >= next_beat:
                 next_beat = now + HEARTBEAT_S
                 self.beat()
-            if (self.capacity_due.is_set() or self.busy.is_set()) and now >= next_raise:
+            if (self.capacity_due.is_set() or self.leases) and now >= next_raise:
                 next_raise = now + CAPACITY_POLL_S
                 self.capacity_due.clear()
                 self.raise_capacity()
@@ -180,51 +205,94 @@ class Worker:
         return self.stop.is_set() or self.spot.is_set() or self.drain.is_set()
 
     def should_stop(self) -> bool:
-        """Whether the running job is to be given back at once."""
+        """Whether the running job is to be given back at once. Asked all the time, so it shows that the lane turns."""
+        self.turned_at = time.monotonic()
         return self.stop.is_set() or self.spot.is_set()
 
     # --- One message -------------------------------------------------------------------------------------
 
     def process_one_message(self, message: dict[str, Any]) -> None:
         """Bring one message to its end: result stored, callback accepted, message deleted; or put it back."""
-        attempt = int(message["Attributes"]["ApproximateReceiveCount"])
-        self.busy.set()
+        lease = Lease(self.sqs, self.queue_url, message, self.settings.visibility_timeout_s)
+        self.leases.append(lease)
         self.capacity_due.set()
-        try:
-            with every(self.settings.visibility_timeout_s / 3, lambda: self.extend_lease(message)):
-                job, invalid = understand(message)
-                logger.info("Job %s: attempt %d", job.id, attempt)
-                result = self.stored_result(job.id)
-                if result is None:
-                    result = self.store_result(self.run_job(job, invalid, attempt, sent_at_of(message)))
-                else:
-                    logger.info("Job %s has its result already: not run again", job.id)
-                self.call_back(job, result)
+        result: Result | None = None
+        with self.putting_back(lease):
+            job, invalid = understand(message)
+            logger.info("Job %s: attempt %d", job.id, lease.attempt)
+            result = self.stored_result(job.id)
+            if result is None:
+                result = self.store_result(self.run_job(job, invalid, lease))
+            else:
+                logger.info("Job %s has its result already: not run again", job.id)
+        if result is None:
+            return
+        if not (job.callback_url or self.settings.callback_url):
+            self.finish(job, result, lease)
+            return
+        # The GPU does not wait for somebody's server, unless there are too many such jobs in hand.
+        threading.Thread(target=self.finish, args=(job, result, lease), daemon=True).start()
+        while len(self.leases) >= CALLBACKS_AT_ONCE and not self.should_stop():
+            time.sleep(0.05)
+
+    def finish(self, job: Job, result: Result, lease: Lease) -> None:
+        """What comes after the result is stored."""
+        with self.putting_back(lease):
+            self.call_back(job, result)
             try:
                 on_job_done(result)
             except Exception:
                 logger.exception("on_job_done failed for job %s", job.id)
-            self.sqs.delete_message(QueueUrl=self.queue_url, ReceiptHandle=message["ReceiptHandle"])
+            lease.end()
+            if lease.lost:
+                logger.warning("Job %s: its lease was lost, so its message comes again and is deleted then", job.id)
+            else:
+                self.sqs.delete_message(QueueUrl=self.queue_url, ReceiptHandle=lease.receipt)
             self.remove_local_files(job.id)
-            logger.info(
-                "Job %s: %s%s",
-                job.id,
-                result["status"],
-                f" ({result['error']['message']})" if result["error"] else "",
-            )
-        except JobStoppedError:
-            logger.info("Message %s is given back: this worker stops", message["MessageId"])
-            self.put_back(message, delay_s=0)
-        except PutBackError as reason:
-            self.put_back_later(message, attempt, str(reason))
-        except Exception as error:
-            logger.exception("Message %s: something failed on our side", message["MessageId"])
-            self.put_back_later(message, attempt, repr(error))
-        finally:
-            self.idle_since = time.monotonic()
-            self.busy.clear()
+            self.let_go(lease)
+            reason = f" ({result['error']['message']})" if result["error"] else ""
+            logger.info("Job %s: %s%s", job.id, result["status"], reason)
 
-    def run_job(self, job: Job, invalid: str | None, attempt: int, sent_at: datetime) -> Result:
+    @contextmanager
+    def putting_back(self, lease: Lease) -> Iterator[None]:
+        """Where the block raises, the message goes back to the queue."""
+        try:
+            yield
+        except JobStoppedError:
+            logger.info("Message %s is given back: this worker stops", lease.message_id)
+            lease.end()
+            self.put_back(lease.message, delay_s=0)
+            self.let_go(lease)
+        except Exception as error:
+            # The delay doubles with each attempt. After MAX_RECEIVES SQS moves it to the dead-letter queue.
+            delay_s = min(5 * 2 ** (lease.attempt - 1), 300)
+            logger.warning(
+                "Message %s is put back for %d s after attempt %d of %d: %s",
+                lease.message_id,
+                delay_s,
+                lease.attempt,
+                self.settings.max_receives,
+                explain(error),
+                exc_info=not (isinstance(error, PutBackError) or error_code(error)),
+            )
+            lease.end()
+            self.put_back(lease.message, delay_s)
+            self.let_go(lease)
+
+    def let_go(self, lease: Lease) -> None:
+        """The message is no longer ours."""
+        self.idle_since = time.monotonic()
+        with suppress(ValueError):
+            self.leases.remove(lease)
+
+    def give_back_all(self) -> None:
+        """Give back what is still in hand, such as jobs whose callback is under way."""
+        for lease in list(self.leases):
+            lease.end()
+            self.put_back(lease.message, delay_s=0)
+            self.let_go(lease)
+
+    def run_job(self, job: Job, invalid: str | None, lease: Lease) -> Result:
         """Run the job and return its result; raises PutBackError or JobStoppedError."""
         started_at = datetime.now(UTC)
         outputs: list[dict[str, Any]] = []
@@ -247,6 +315,7 @@ class Worker:
             else:
                 error = error_of(finished.entry)
                 warnings = [f"dropped: {text}" for text in explain_node_errors(finished.node_errors)]
+                warnings += [f"blocked: {finished.blocked}"] if finished.blocked else []
                 files, values = outputs_of(finished.entry)
                 outputs, missing = self.store_files(job.id, files)
                 if missing and error is None:
@@ -258,16 +327,16 @@ class Worker:
             "status": "failed" if error else "succeeded",
             "env": self.settings.env,
             "instance_id": self.instance_id,
-            "attempt": attempt,
+            "attempt": lease.attempt,
             "outputs": outputs,
             "values": values,
             "warnings": warnings,
             "error": error,
             "timings": {
-                "sent_at": iso(sent_at),
+                "sent_at": iso(lease.sent_at),
                 "started_at": iso(started_at),
                 "finished_at": iso(finished_at),
-                "wait_s": round((started_at - sent_at).total_seconds(), 3),
+                "wait_s": round((started_at - lease.sent_at).total_seconds(), 3),
                 "run_s": round((finished_at - started_at).total_seconds(), 3),
             },
         }
@@ -283,12 +352,20 @@ class Worker:
                         workflow,
                         job.id,
                         timeout_s=self.settings.job_timeout_s,
+                        stall_s=self.settings.stall_timeout_s,
                         on_progress=progress.note,
                         should_stop=self.should_stop,
                         again=again,
                     )
+                except JobTimeoutError:
+                    self.await_free_executor(job.id)
+                    raise
                 except ComfyGoneError as error:
+                    self.comfy_failures += 1
+                    if isinstance(error, ComfyStalledError):
+                        self.restart_comfyui()
                     raise PutBackError(str(error)) from error
+                self.comfy_failures = 0
                 if (error_of(finished.entry) or {}).get("kind") != "out_of_memory":
                     return finished
                 logger.warning("Job %s ran out of memory%s", job.id, " again" if again else ": freeing, one more try")
@@ -345,7 +422,10 @@ class Worker:
             try:
                 return str(self.sqs.get_queue_url(QueueName=self.settings.sqs_name)["QueueUrl"])
             except Exception as error:
-                logger.error("Cannot find the queue %s, trying again in 30 s: %s", self.settings.sqs_name, error)
+                logger.error(
+                    "Cannot find the queue %s, trying again in 30 s: %s", self.settings.sqs_name, explain(error)
+                )
+                notify_systemd("WATCHDOG=1")
                 if self.stop.wait(30):
                     sys.exit(0)
 
@@ -362,35 +442,14 @@ class Worker:
         messages = answer.get("Messages") or [None]
         return messages[0]  # type: ignore[no-any-return]
 
-    def extend_lease(self, message: dict[str, Any]) -> None:
-        """Hold the message for another visibility timeout."""
-        self.sqs.change_message_visibility(
-            QueueUrl=self.queue_url,
-            ReceiptHandle=message["ReceiptHandle"],
-            VisibilityTimeout=self.settings.visibility_timeout_s,
-        )
-
     def put_back(self, message: dict[str, Any], delay_s: int) -> None:
         """Let the message be received again, by anyone, after `delay_s`."""
         try:
             self.sqs.change_message_visibility(
                 QueueUrl=self.queue_url, ReceiptHandle=message["ReceiptHandle"], VisibilityTimeout=delay_s
             )
-        except Exception:
-            logger.exception("Message %s comes back when its lease ends", message["MessageId"])
-
-    def put_back_later(self, message: dict[str, Any], attempt: int, reason: str) -> None:
-        """Put back after a delay that doubles with each attempt; SQS moves it to the DLQ after MAX_RECEIVES."""
-        delay_s = min(5 * 2 ** (attempt - 1), 300)
-        logger.warning(
-            "Message %s is put back for %d s after attempt %d of %d: %s",
-            message["MessageId"],
-            delay_s,
-            attempt,
-            self.settings.max_receives,
-            reason,
-        )
-        self.put_back(message, delay_s)
+        except Exception as error:
+            logger.warning("Message %s comes back when its lease ends: %s", message["MessageId"], explain(error))
 
     def depth(self) -> QueueDepth:
         """How many messages wait and how many are held."""
@@ -459,7 +518,13 @@ class Worker:
             key = f"output/{relative}" if own else f"output/{job_id}/{relative}"
         if self.settings.env != "base" or self.object_size(key) != path.stat().st_size:
             content_type = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
-            self.s3.upload_file(str(path), self.settings.s3_bucket, key, ExtraArgs={"ContentType": content_type})
+            self.s3.upload_file(
+                str(path),
+                self.settings.s3_bucket,
+                key,
+                ExtraArgs={"ContentType": content_type},
+                Callback=lambda _: self.should_stop(),  # a long upload turns too
+            )
         return key
 
     def object_size(self, key: str) -> int | None:
@@ -497,7 +562,7 @@ class Worker:
             self.s3.put_object(
                 Bucket=self.settings.s3_bucket,
                 Key=result_key(result["job_id"]),
-                Body=json.dumps(result, ensure_ascii=False).encode(),
+                Body=json.dumps(result).encode(),
                 ContentType="application/json",
                 IfNoneMatch="*",
             )
@@ -518,44 +583,73 @@ class Worker:
             self.s3.put_object(
                 Bucket=self.settings.s3_bucket,
                 Key=f"output/{progress.job_id}/progress.json",
-                Body=json.dumps(news, ensure_ascii=False).encode(),
+                Body=json.dumps(news).encode(),
                 ContentType="application/json",
             )
 
     def call_back(self, job: Job, result: Result) -> None:
         """POST the result to the job's callback, signed; raises PutBackError when it is not accepted."""
-        import requests
-
         url = job.callback_url or self.settings.callback_url
-        if not url:
-            return
-        body = json.dumps(result, ensure_ascii=False).encode()
-        timestamp = str(int(time.time()))
-        digest = hmac.new(self.settings.callback_secret.encode(), f"{timestamp}.".encode() + body, hashlib.sha256)
-        headers = {
-            "Content-Type": "application/json",
-            "X-Comfy-Timestamp": timestamp,
-            "X-Comfy-Signature": f"sha256={digest.hexdigest()}",
-        }
-        try:
-            refuse_link_local(url)
-            answer = requests.post(url, data=body, headers=headers, timeout=(5, 10), allow_redirects=False)
-        except (requests.RequestException, OSError, ValueError) as error:
-            raise PutBackError(f"the callback of job {job.id} failed: {error}") from error
-        if not 200 <= answer.status_code < 300:
-            raise PutBackError(f"the callback of job {job.id} was answered with HTTP {answer.status_code}")
+        reason = ""
+        for attempt in range(CALLBACK_TRIES if url else 0):
+            if attempt and self.stop.wait(2**attempt * random.uniform(0.5, 1)):
+                raise JobStoppedError
+            reason = post_result(url, result, self.settings.callback_secret)
+            if not reason:
+                return
+            logger.info("The callback of job %s failed: %s", job.id, reason)
+        if reason:
+            raise PutBackError(f"the callback of job {job.id} failed: {reason}")
 
     # --- The instance ------------------------------------------------------------------------------------
 
     def comfyui_answers(self) -> bool:
         """Whether ComfyUI answers, waiting for it as long as a poll takes: without it nothing is taken."""
-        since = time.monotonic()
+        limit = time.monotonic() + POLL_S
         while not self.comfy.is_ready():
-            if self.is_leaving() or time.monotonic() > since + POLL_S:
-                logger.warning("ComfyUI does not answer on %s", self.settings.comfy_address)
+            if self.is_leaving() or time.monotonic() > limit:
+                gone_s = time.monotonic() - self.answered_at
+                logger.warning("ComfyUI has not answered on %s for %.0f s", self.settings.comfy_address, gone_s)
+                if gone_s > self.settings.stall_timeout_s:
+                    self.comfy_failures += 1
+                    self.restart_comfyui()
                 return False
             self.stop.wait(0.2)
+        self.answered_at = time.monotonic()
         return True
+
+    def restart_comfyui(self) -> None:
+        """Ask systemd for a new ComfyUI, and give it as long again to come up."""
+        logger.warning("Restarting ComfyUI")
+        command = ["sudo", "-n", "systemctl", "restart", "comfyui.service"]
+        try:
+            subprocess.run(command, check=True, timeout=60, stdin=subprocess.DEVNULL, capture_output=True)
+        except (OSError, subprocess.SubprocessError) as error:
+            logger.error("Cannot restart ComfyUI: %s", error)
+        self.answered_at = time.monotonic()
+
+    def await_free_executor(self, job_id: str) -> None:
+        """Restart ComfyUI if it does not let go of an interrupted job: the next would wait behind it."""
+        limit = time.monotonic() + INTERRUPT_S
+        try:
+            while self.comfy.place(job_id) is not None and not self.should_stop():
+                if time.monotonic() > limit:
+                    self.restart_comfyui()
+                    return
+                time.sleep(0.2)
+        except ComfyGoneError as error:
+            logger.warning("After the interrupt: %s", error)
+
+    def declare_unhealthy(self) -> None:
+        """Have the group replace this instance, whose ComfyUI fails again and again; its messages are back."""
+        self.comfy_failures = 0
+        if not self.in_group:
+            return
+        logger.error("ComfyUI failed %d times in a row: this instance is declared Unhealthy", COMFY_FAILURES_LIMIT)
+        self.autoscaling.set_instance_health(
+            InstanceId=self.instance_id, HealthStatus="Unhealthy", ShouldRespectGracePeriod=False
+        )
+        self.drain.set()
 
     def look_at_lifecycle(self) -> None:
         """Read what EC2 and the group want of this instance."""
@@ -579,7 +673,7 @@ class Worker:
                 self.autoscaling, self.settings.asg_name, self.depth(), self.settings.backlogsize_per_instance
             )
         except Exception as error:
-            logger.warning("Capacity is left as it is: %s", error)
+            logger.warning("Capacity is left as it is: %s", explain(error))
             return
         if capacity is None and not self.scaling_off_said:
             self.scaling_off_said = True
@@ -590,7 +684,7 @@ class Worker:
     def leave_if_idle(self) -> None:
         """End this instance when it was idle for SCALE_COOLDOWN and the queue is empty."""
         idle_s = time.monotonic() - self.idle_since
-        if not self.in_group or idle_s < self.settings.scale_cooldown_s:
+        if not self.in_group or self.leases or idle_s < self.settings.scale_cooldown_s:
             return
         if self.depth().visible:
             return
@@ -616,7 +710,7 @@ class Worker:
                 InstanceId=self.instance_id,
             )
         except Exception as error:
-            logger.info("No lifecycle heartbeat: %s", error)
+            logger.info("No lifecycle heartbeat: %s", explain(error))
 
     def leave(self) -> None:
         """Hand the instance back to its group and wait to be switched off."""
@@ -630,8 +724,8 @@ class Worker:
         self.raise_capacity()
         self.complete_lifecycle()
         self.upload_logs()
-        while not self.stop.wait(60):
-            pass
+        while not self.stop.wait(1):
+            notify_systemd("WATCHDOG=1")
 
     def complete_lifecycle(self) -> None:
         """Let the group go on with the termination; without it the hook's timeout does."""
@@ -646,7 +740,7 @@ class Worker:
                 )
             except Exception as error:
                 # The hook may not have begun yet, just after we asked to be terminated.
-                logger.info("Lifecycle action not completed yet: %s", error)
+                logger.info("Lifecycle action not completed yet: %s", explain(error))
                 if self.stop.wait(delay_s):
                     return
                 delay_s = min(delay_s * 2, 30)
@@ -663,7 +757,7 @@ class Worker:
                     extra = {"ContentType": "text/plain; charset=utf-8"}
                     self.s3.upload_file(str(path), self.settings.s3_bucket, key, ExtraArgs=extra)
             except Exception as error:
-                logger.warning("Cannot store the log %s: %s", path.name, error)
+                logger.warning("Cannot store the log %s: %s", path.name, explain(error))
 
 
 # --- Helpers ---------------------------------------------------------------------------------------------
@@ -675,6 +769,57 @@ def understand(message: dict[str, Any]) -> tuple[Job, str | None]:
         return parse_message(message.get("Body") or "", message["MessageId"]), None
     except InvalidMessageError as reason:
         return Job(message["MessageId"]), str(reason)
+
+
+class Lease:
+    """Holds one received message: extends its visibility, in a thread of its own, well before it runs out."""
+
+    def __init__(self, sqs: Any, queue_url: str, message: dict[str, Any], timeout_s: int) -> None:
+        self.message = message
+        self.message_id: str = message["MessageId"]
+        self.receipt: str = message["ReceiptHandle"]
+        self.attempt = int(message["Attributes"]["ApproximateReceiveCount"])
+        self.sent_at = datetime.fromtimestamp(int(message["Attributes"]["SentTimestamp"]) / 1000, UTC)  # SQS's clock
+        self.lost = False  # the message is no longer ours: another worker has it, or soon will
+        self._sqs = sqs
+        self._queue_url = queue_url
+        self._timeout_s = timeout_s
+        self._received_at = time.monotonic()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._hold, daemon=True)
+        self._thread.start()
+
+    def end(self) -> None:
+        """Extend no more. Returns when no extension is under way, so that one cannot undo a give-back."""
+        self._done.set()
+        self._thread.join()
+
+    def _hold(self) -> None:
+        wait_s = self._timeout_s / 3
+        while not self._done.wait(wait_s):
+            left_s = int(RECEIVE_LIMIT_S - (time.monotonic() - self._received_at)) - 1
+            try:
+                self._sqs.change_message_visibility(
+                    QueueUrl=self._queue_url,
+                    ReceiptHandle=self.receipt,
+                    VisibilityTimeout=max(0, min(self._timeout_s, left_s)),
+                )
+                wait_s = self._timeout_s / 3
+            except Exception as error:
+                if error_code(error) in LEASE_LOST_CODES:
+                    logger.warning("The lease on message %s is lost: %s", self.message_id, error)
+                    self.lost = True
+                    return
+                wait_s = self._timeout_s / 12 * random.uniform(0.5, 1)
+                logger.warning("Extending the lease again in %.1f s: %s", wait_s, explain(error))
+
+
+LEASE_LOST_CODES = (
+    "InvalidParameterValue",
+    "MessageNotInflight",
+    "AWS.SimpleQueueService.MessageNotInflight",
+    "ReceiptHandleIsInvalid",
+)
 
 
 class Progress:
@@ -725,7 +870,7 @@ def every(seconds: float, action: Callable[[], None]) -> Iterator[None]:
             try:
                 action()
             except Exception as error:
-                logger.warning("Trying again in %.0f s: %s", seconds, error)
+                logger.warning("Trying again in %.0f s: %s", seconds, explain(error))
 
     thread = threading.Thread(target=repeat, daemon=True)
     thread.start()
@@ -734,6 +879,27 @@ def every(seconds: float, action: Callable[[], None]) -> Iterator[None]:
     finally:
         done.set()
         thread.join(1)
+
+
+def post_result(url: str, result: Result, secret: str) -> str:
+    """POST a result, signed; returns why it was not accepted, "" when it was."""
+    import requests
+
+    body = json.dumps(result).encode()
+    timestamp = str(int(time.time()))
+    digest = hmac.new(secret.encode(), f"{timestamp}.".encode() + body, hashlib.sha256)
+    headers = {
+        "Content-Type": "application/json",
+        "X-Comfy-Timestamp": timestamp,
+        "X-Comfy-Signature": f"sha256={digest.hexdigest()}",
+    }
+    try:
+        refuse_link_local(url)
+        answer = requests.post(url, data=body, headers=headers, timeout=(3, 10), allow_redirects=False, stream=True)
+        answer.close()
+    except (requests.RequestException, OSError, ValueError) as error:
+        return str(error)
+    return "" if 200 <= answer.status_code < 300 else f"it was answered with HTTP {answer.status_code}"
 
 
 def refuse_link_local(url: str) -> None:
@@ -753,11 +919,6 @@ def result_key(job_id: str) -> str:
     return f"output/{job_id}/result.json"
 
 
-def sent_at_of(message: dict[str, Any]) -> datetime:
-    """When the message was sent, by SQS's clock."""
-    return datetime.fromtimestamp(int(message["Attributes"]["SentTimestamp"]) / 1000, UTC)
-
-
 def iso(moment: datetime) -> str:
     """ISO 8601 in UTC, to the millisecond."""
     return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
@@ -770,6 +931,35 @@ def instance_id_of(metadata: Metadata) -> str:
         if instance_id:
             return instance_id
     return socket.gethostname()
+
+
+PERMISSIONS = {
+    "HeadObject": "s3:GetObject and s3:ListBucket",
+    "GetObject": "s3:GetObject and s3:ListBucket",
+    "PutObject": "s3:PutObject",
+    "CreateMultipartUpload": "s3:PutObject",
+}
+"""Where the permission is not named like the operation. Without s3:ListBucket a missing object is "access denied"."""
+
+
+def explain(error: Exception) -> str:
+    """An error in one line; when AWS refused access it ends with the permission that is missing."""
+    text = " ".join(str(error).split()) or repr(error)
+    code = error_code(error)
+    if "AccessDenied" in code or code in ("403", "UnauthorizedOperation"):
+        operation = str(getattr(error, "operation_name", ""))
+        service = "sqs" if "Message" in operation or "Queue" in operation else "autoscaling"
+        text += f" (this instance's role needs {PERMISSIONS.get(operation, f'{service}:{operation}')})"
+    return text
+
+
+def notify_systemd(state: str) -> None:
+    """Send one sd_notify datagram; nothing where systemd does not listen."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if address:
+        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify_socket:
+            notify_socket.connect("\0" + address[1:] if address.startswith("@") else address)
+            notify_socket.send(state.encode())
 
 
 def set_up_logging(folder: Path) -> None:

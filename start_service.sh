@@ -260,6 +260,19 @@ start_comfyui() {
 
 # --- comfy-manage ----------------------------------------------------------------------------
 
+# tell_systemd: that the service is up, and every half minute that it lives; until stop_telling,
+# after which the worker does so itself.
+tell_systemd() {
+  [[ -n ${NOTIFY_SOCKET:-} ]] || return 0
+  systemd-notify --ready
+  while sleep 30; do systemd-notify WATCHDOG=1; done &
+  TELLER=$!
+}
+
+stop_telling() {
+  [[ -z ${TELLER:-} ]] || kill "$TELLER"
+}
+
 # comfyui_answers HOST PORT: GET /system_stats is answered with 200. In Bash alone, because a
 # machine need not have curl.
 comfyui_answers() (
@@ -284,6 +297,7 @@ start_worker() {
   done
   say "ComfyUI answers on $COMFY_ADDRESS: starting the worker for ENV=$ENV"
   cd "$COMFY_HOME"
+  stop_telling
   exec "$python" parse_job.py
 }
 
@@ -299,6 +313,7 @@ main() {
       exit 2
       ;;
   esac
+  [[ $1 == comfyui ]] || tell_systemd
   wait_for_cloud_init
   load_settings
   if [[ $1 == comfyui ]]; then start_comfyui; else start_worker; fi

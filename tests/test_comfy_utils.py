@@ -296,7 +296,7 @@ def test_a_running_job_is_adopted(comfy: ComfyUI, busy_site: Site) -> None:
     job_id = comfy_utils.new_job_id()
     first = threading.Thread(target=comfy.run, args=(image_workflow(2), job_id), kwargs={"timeout_s": 60})
     first.start()
-    await_that("the job is queued", lambda: comfy.is_queued(job_id))
+    await_that("the job is queued", lambda: comfy.place(job_id))
     finished = ComfyUI(comfy.address).run(image_workflow(2), job_id, timeout_s=60)
     first.join()
     assert error_of(finished.entry) is None
@@ -318,7 +318,7 @@ def test_a_stopped_job_does_not_go_on(comfy: ComfyUI, busy_site: Site, how: str)
     )
     with pytest.raises((JobStoppedError, JobTimeoutError)):
         comfy.run(image_workflow(60), job_id, **arguments)
-    await_that("the job has left the queue", lambda: not comfy.is_queued(job_id))
+    await_that("the job has left the queue", lambda: comfy.place(job_id) is None)
     assert busy_site.runs(job_id, "success") == 0
 
 
