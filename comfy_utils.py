@@ -324,9 +324,15 @@ def aws_client(service: str, region: str) -> Any:
 
 
 def error_code(error: Exception) -> str:
-    """The AWS error code of a botocore ClientError (`AccessDenied`, ...), "" for any other error."""
-    response = getattr(error, "response", None) or {}
-    return str(response.get("Error", {}).get("Code", ""))
+    """The AWS error code (`AccessDenied`, ...) of a botocore ClientError, also of one that made an upload fail.
+
+    "" for any other error.
+    """
+    for candidate in (error, error.__context__):
+        response = getattr(candidate, "response", None)
+        if isinstance(response, dict):
+            return str(response.get("Error", {}).get("Code", ""))
+    return ""
 
 
 class QueueDepth(NamedTuple):

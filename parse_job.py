@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from comfy_utils import (
@@ -66,6 +66,7 @@ from comfy_utils import (
 
 logger = logging.getLogger("parse_job")
 
+T = TypeVar("T")
 Result = dict[str, Any]
 """What result.json holds; its fields are listed in the README."""
 
@@ -102,6 +103,8 @@ RECEIVE_LIMIT_S = 43_200
 """SQS holds a received message for 12 hours at most, however often its visibility is extended."""
 COMFY_FAILURES_LIMIT = 2
 """After so many failures of ComfyUI in a row the instance is declared Unhealthy."""
+AWS_PATIENCE_S = 600
+"""How long a worker with a job in hand waits for S3 or SQS to recover."""
 CALLBACK_TRIES = 3
 CALLBACKS_AT_ONCE = 8
 COMMAND_OUTPUT_BYTES = 4096
@@ -172,7 +175,7 @@ class Worker:
                 failures = 0
             except Exception as error:
                 failures += 1
-                delay_s = min(2**failures, 60) * random.uniform(0.5, 1)
+                delay_s = backoff_s(failures)
                 logger.error(
                     "The lane goes on in %.0f s: %s", delay_s, explain(error), exc_info=not error_code(error)
                 )
@@ -220,9 +223,10 @@ class Worker:
         with self.putting_back(lease):
             job, invalid = understand(message)
             logger.info("Job %s: attempt %d", job.id, lease.attempt)
-            result = self.stored_result(job.id)
+            result = self.insist(lambda: self.stored_result(job.id))
             if result is None:
-                result = self.store_result(self.run_job(job, invalid, lease))
+                ran = self.run_job(job, invalid, lease)
+                result = self.insist(lambda: self.store_result(ran))
             else:
                 logger.info("Job %s has its result already: not run again", job.id)
         if result is None:
@@ -243,11 +247,11 @@ class Worker:
                 on_job_done(result)
             except Exception:
                 logger.exception("on_job_done failed for job %s", job.id)
-            lease.end()
             if lease.lost:
                 logger.warning("Job %s: its lease was lost, so its message comes again and is deleted then", job.id)
             else:
-                self.sqs.delete_message(QueueUrl=self.queue_url, ReceiptHandle=lease.receipt)
+                self.insist(lambda: self.sqs.delete_message(QueueUrl=self.queue_url, ReceiptHandle=lease.receipt))
+            lease.end()
             self.remove_local_files(job.id)
             self.let_go(lease)
             reason = f" ({result['error']['message']})" if result["error"] else ""
@@ -277,11 +281,39 @@ class Worker:
             )
             lease.end()
             self.put_back(lease.message, delay_s)
-            self.let_go(lease)
+            self.let_go(lease, delay_s)
 
-    def let_go(self, lease: Lease) -> None:
-        """The message is no longer ours."""
-        self.idle_since = time.monotonic()
+    def insist(self, action: Callable[[], T]) -> T:
+        """Call until AWS does it: a job that has run is not given back, and no attempt used up, for an outage.
+
+        Raises the error after AWS_PATIENCE_S, and at once one that is not AWS's.
+        """
+        from botocore.exceptions import BotoCoreError
+
+        limit = time.monotonic() + AWS_PATIENCE_S
+        failures = 0
+        while True:
+            try:
+                return action()
+            except Exception as error:
+                if not (error_code(error) or isinstance(error, BotoCoreError)) or time.monotonic() > limit:
+                    raise
+                failures += 1
+                delay_s = backoff_s(failures)
+                logger.warning("Trying again in %.0f s: %s", delay_s, explain(error))
+                self.pause(delay_s)
+
+    def pause(self, seconds: float) -> None:
+        """Wait, unless this worker is to stop: then raise JobStoppedError."""
+        limit = time.monotonic() + seconds
+        while time.monotonic() < limit:
+            if self.should_stop():
+                raise JobStoppedError
+            time.sleep(0.1)
+
+    def let_go(self, lease: Lease, delay_s: int = 0) -> None:
+        """The message is no longer ours; a worker that put it back stays until it can be received again."""
+        self.idle_since = time.monotonic() + delay_s
         with suppress(ValueError):
             self.leases.remove(lease)
 
@@ -317,7 +349,7 @@ class Worker:
                 warnings = [f"dropped: {text}" for text in explain_node_errors(finished.node_errors)]
                 warnings += [f"blocked: {finished.blocked}"] if finished.blocked else []
                 files, values = outputs_of(finished.entry)
-                outputs, missing = self.store_files(job.id, files)
+                outputs, missing = self.insist(lambda: self.store_files(job.id, files))
                 if missing and error is None:
                     error = job_error("execution_error", missing[0])
                 warnings += missing
@@ -418,15 +450,17 @@ class Worker:
 
     def find_queue(self) -> str:
         """The queue's address; waits for a queue that is not there yet rather than spin through restarts."""
+        failures = 0
         while True:
             try:
                 return str(self.sqs.get_queue_url(QueueName=self.settings.sqs_name)["QueueUrl"])
             except Exception as error:
-                logger.error(
-                    "Cannot find the queue %s, trying again in 30 s: %s", self.settings.sqs_name, explain(error)
-                )
+                failures += 1
+                delay_s = backoff_s(failures)
+                name = self.settings.sqs_name
+                logger.error("Cannot find the queue %s, again in %.0f s: %s", name, delay_s, explain(error))
                 notify_systemd("WATCHDOG=1")
-                if self.stop.wait(30):
+                if self.stop.wait(delay_s):
                     sys.exit(0)
 
     def receive(self) -> dict[str, Any] | None:
@@ -592,8 +626,8 @@ class Worker:
         url = job.callback_url or self.settings.callback_url
         reason = ""
         for attempt in range(CALLBACK_TRIES if url else 0):
-            if attempt and self.stop.wait(2**attempt * random.uniform(0.5, 1)):
-                raise JobStoppedError
+            if attempt:
+                self.pause(backoff_s(attempt))
             reason = post_result(url, result, self.settings.callback_secret)
             if not reason:
                 return
@@ -947,10 +981,15 @@ def explain(error: Exception) -> str:
     text = " ".join(str(error).split()) or repr(error)
     code = error_code(error)
     if "AccessDenied" in code or code in ("403", "UnauthorizedOperation"):
-        operation = str(getattr(error, "operation_name", ""))
+        operation = str(getattr(error, "operation_name", "PutObject"))  # an upload's error does not say its own
         service = "sqs" if "Message" in operation or "Queue" in operation else "autoscaling"
         text += f" (this instance's role needs {PERMISSIONS.get(operation, f'{service}:{operation}')})"
     return text
+
+
+def backoff_s(failures: int) -> float:
+    """Seconds to wait after so many failures in a row: doubling, at most a minute, with jitter."""
+    return min(2.0**failures, 60.0) * random.uniform(0.5, 1)
 
 
 def notify_systemd(state: str) -> None:

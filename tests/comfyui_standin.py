@@ -7,12 +7,15 @@ ComfyUI does, and needs aiohttp and Pillow. test_comfyui_standin.py holds it, or
 every recorded case.
 
 Its own nodes, for tests: StandinSleep (slow, silent, interruptible), StandinOutOfMemory (fails `times`
-times in this server's life; without `times` always), StandinCrash (the process dies). Like any node they
+times in this server's life; without `times` always), StandinCrash (the process dies), StandinDeadExecutor
+(its thread does), StandinBlock (an ExecutionBlocker's message). Like any node they
 are served from cache unless an input differs.
 
 Environment: STANDIN_STEP_SECONDS for a KSampler step (0.05), STANDIN_NODE_SECONDS for an ImageBlur (0),
 STANDIN_BOOT_SECONDS before it listens (0), STANDIN_LEDGER a file that gets one JSON line whenever a
 prompt starts and ends.
+
+POST /standin/cut-sockets, a call of its own, cuts every websocket as a broken line does.
 """
 
 import argparse
@@ -34,6 +37,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import struct
 import sys
 import textwrap
@@ -122,6 +126,7 @@ class Server:
             app.router.add_get(prefix + "/object_info", self.object_info)
             app.router.add_get(prefix + "/object_info/{name}", self.object_info)
         app.router.add_get("/", self.index)
+        app.router.add_post("/standin/cut-sockets", self.cut_sockets)
         return app
 
     def send(self, event: str | int, data: Any, client_id: str | None = None) -> None:
@@ -144,12 +149,12 @@ class Server:
 
     async def deliver(self, event: str | int, data: Any, client_id: str | None) -> None:
         """Send one message now; an event that is a number makes a binary frame."""
-        for socket in [socket for sid, socket in self.sockets.items() if client_id in (None, sid)]:
+        for each in [each for sid, each in self.sockets.items() if client_id in (None, sid)]:
             with contextlib.suppress(ConnectionError):
                 if isinstance(event, int):
-                    await socket.send_bytes(struct.pack(">I", event) + data)
+                    await each.send_bytes(struct.pack(">I", event) + data)
                 else:
-                    await socket.send_json({"type": event, "data": data})
+                    await each.send_json({"type": event, "data": data})
 
     async def websocket(self, request: web.Request) -> web.WebSocketResponse:
         """Greet a client; if its prompt is running, name the node that is at work."""
@@ -169,6 +174,15 @@ class Server:
 
     async def index(self, _: web.Request) -> web.Response:
         return web.Response(text="A stand-in for ComfyUI: see comfyui_standin.py\n")
+
+    async def cut_sockets(self, _: web.Request) -> web.Response:
+        """Cut every websocket without a closing frame."""
+        for websocket in list(self.sockets.values()):
+            connection = websocket.get_extra_info("socket")
+            if connection is not None:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+        return web.Response()
 
     async def get_prompt(self, _: web.Request) -> web.Response:
         return web.json_response(self.status()["status"])
@@ -1091,6 +1105,21 @@ def crash(_: Call) -> Result:
     """Die as a process does that the kernel kills, in the middle of the job."""
     time.sleep(0.2)  # the answer to POST /prompt gets out first
     os._exit(1)
+
+
+@node("StandinDeadExecutor", "IMAGE", image=OPTIONAL_IMAGE)
+def kill_executor(_: Call) -> Result:
+    """End the executor thread: the job stays in queue_running for ever, and HTTP still answers."""
+    raise SystemExit
+
+
+@node("StandinBlock", "IMAGE", image=OPTIONAL_IMAGE)
+def block(call: Call) -> Result:
+    """Tell what an ExecutionBlocker tells: an error on the socket, while history will say success."""
+    where = {"prompt_id": call.run.prompt_id, "node_id": call.node_id, "node_type": "StandinBlock", "executed": []}
+    what = {"exception_type": "ExecutionBlocked", "exception_message": "Execution Blocked: not today"}
+    call.run.tell("execution_error", where | what | {"traceback": [], "current_inputs": [], "current_outputs": []})
+    return pass_image(call)
 
 
 # --- Pictures --------------------------------------------------------------------------------------

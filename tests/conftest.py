@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from local_cloud import ACCOUNT_ID, REGION, LocalCloud, free_port
+from local_cloud import ACCOUNT_ID, REGION, LocalCloud, Machine, free_port
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
@@ -72,6 +73,7 @@ class Site:
         }
         (folder / "env").write_text("".join(f"{name}={value}\n" for name, value in lines.items()))
         self.processes: list[subprocess.Popen[bytes]] = []
+        self.ended = threading.Event()
         self.metadata_endpoint = "http://127.0.0.1:9"
 
     def environment(self) -> dict[str, str]:
@@ -84,6 +86,7 @@ class Site:
             "AWS_EC2_METADATA_SERVICE_ENDPOINT": self.metadata_endpoint,
             "STANDIN_STEP_SECONDS": "0.01",
             "STANDIN_LEDGER": str(self.ledger),
+            "LOCAL_INSTANCE_DIR": str(self.folder),  # for the stand-in of systemctl
         }
 
     def start_comfyui(self) -> subprocess.Popen[bytes]:
@@ -93,8 +96,20 @@ class Site:
         shutil.copy2(TESTS / "recordings.json", self.folder / "ComfyUI")
         command = [sys.executable, "ComfyUI/main.py", "--port", str(self.port), "--output-directory", str(out)]
         process = self._start(command, "comfyui.log")
-        await_that("ComfyUI answers", lambda: process.poll() is None and _answers(self.port))
+        (self.folder / "comfyui.pid").write_text(str(process.pid))
+        await_that("ComfyUI answers", lambda: process.poll() is not None or _answers(self.port))
         return process
+
+    def keep_comfyui(self) -> None:
+        """Start ComfyUI, and again whenever it ends, as systemd does."""
+        first = self.start_comfyui()
+
+        def keep() -> None:
+            process = first
+            while process.wait() is not None and not self.ended.is_set():
+                process = self.start_comfyui()
+
+        threading.Thread(target=keep, daemon=True).start()
 
     def start_worker(self) -> subprocess.Popen[bytes]:
         """Start a worker."""
@@ -122,6 +137,7 @@ class Site:
 
     def end(self) -> None:
         """End what was started."""
+        self.ended.set()
         for process in self.processes:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
@@ -222,3 +238,42 @@ def busy_site(cloud: LocalCloud, tmp_path_factory: pytest.TempPathFactory) -> It
     site.start_worker()
     yield site
     site.end()
+
+
+@pytest.fixture
+def fleet(cloud: LocalCloud, make_site: Callable[..., Site]) -> tuple[Site, Machine]:
+    """A site on an instance of a group with a hook. The group's own instances have no disk and do nothing."""
+    site = make_site(SCALE_COOLDOWN="2")
+    ec2, autoscaling = cloud.client("ec2"), cloud.client("autoscaling")
+    group = f"{site.prefix}-{site.env}-asg"
+    image = ec2.describe_images()["Images"][0]["ImageId"]
+    ec2.create_launch_template(
+        LaunchTemplateName=group, LaunchTemplateData={"ImageId": image, "InstanceType": "g5.2xlarge"}
+    )
+    autoscaling.create_auto_scaling_group(
+        AutoScalingGroupName=group,
+        LaunchTemplate={"LaunchTemplateName": group},
+        MinSize=0,
+        MaxSize=5,
+        DesiredCapacity=1,
+        AvailabilityZones=["us-west-2a"],
+        NewInstancesProtectedFromScaleIn=True,
+        LifecycleHookSpecificationList=[
+            {
+                "LifecycleHookName": "comfy-terminating",
+                "LifecycleTransition": "autoscaling:EC2_INSTANCE_TERMINATING",
+                "HeartbeatTimeout": 60,
+                "DefaultResult": "CONTINUE",
+            }
+        ],
+    )
+    instance_id = group_of(cloud, group)["Instances"][0]["InstanceId"]
+    machine: Machine = await_that("the machine is there", lambda: cloud.machines.get(instance_id))
+    site.metadata_endpoint = machine.metadata_endpoint
+    return site, machine
+
+
+def group_of(cloud: LocalCloud, name: str) -> dict[str, Any]:
+    answer = cloud.client("autoscaling").describe_auto_scaling_groups(AutoScalingGroupNames=[name])
+    group: dict[str, Any] = answer["AutoScalingGroups"][0]
+    return group

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,11 @@ def what_is_left(cloud: LocalCloud, fleet: list[str]) -> list[str]:
     return left
 
 
+def is_terminated(cloud: LocalCloud, instance_id: str) -> bool:
+    """Whether the instance is gone."""
+    return cloud.instance_state(instance_id) == "terminated"
+
+
 def groups(cloud: LocalCloud) -> list[dict[str, Any]]:
     """The Auto Scaling groups there are."""
     return list(cloud.client("autoscaling").describe_auto_scaling_groups()["AutoScalingGroups"])
@@ -231,7 +237,7 @@ def tell_story(folder: Path) -> None:
         await_that("the group is back at 0 instances", lambda: groups(cloud)[0]["DesiredCapacity"] == 0 and not groups(cloud)[0]["Instances"])  # fmt: skip
         check("the group is back at 0 instances", True)
         for instance_id in fleet:
-            await_that(f"{instance_id} is terminated", lambda i=instance_id: cloud.instance_state(i) == "terminated")
+            await_that(f"{instance_id} is terminated", partial(is_terminated, cloud, instance_id))
             keys = {o["Key"].split("/")[-1] for o in s3.list_objects_v2(Bucket=BUCKET, Prefix=f"output/{instance_id}/")["Contents"]}  # fmt: skip
             check(f"{instance_id} is terminated; its logs are in S3", {"parse_job.log", "comfyui.log"} <= keys, keys)
 

@@ -17,11 +17,13 @@ show_help() {
 }
 
 prepare_venv() {
-  local root=$1 python=${PYTHON:-python3} venv=$1/tests/.venv stamp
+  local root=$1 python=${PYTHON:-python3} venv=$1/tests/.venv stamp lock
   command -v "$python" >/dev/null || die "$python is not installed: install Python 3.11 or newer (Ubuntu: apt install python3 python3-venv)"
   "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
     || die "$("$python" -V) is too old: install Python 3.11 or newer, or name one with PYTHON=python3.12"
-  stamp=$("$python" -V && cksum <"$root/tests/requirements.txt")
+  stamp=$("$python" -c 'import sys; print(*sys.version_info[:2])' && cksum <"$root/tests/requirements.txt")
+  exec {lock}>"$root/tests/.venv.lock"
+  flock "$lock" # two at a time would take each other's half-made environment for their own
   if [[ ! -f $venv/stamp || $(<"$venv/stamp") != "$stamp" ]]; then
     "$python" -c 'import ensurepip, venv' 2>/dev/null \
       || die "Python's venv module is missing: install python3-venv (Ubuntu: apt install python3-venv)"
@@ -32,6 +34,7 @@ prepare_venv() {
       || die "cannot install tests/requirements.txt: is the Python package index reachable from here?"
     printf '%s\n' "$stamp" >"$venv/stamp"
   fi
+  exec {lock}>&-
   PATH=$root/tests/bin:$venv/bin:$PATH
   export PATH
 }

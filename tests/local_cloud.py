@@ -46,6 +46,7 @@ TESTS = Path(__file__).resolve().parent
 ACCOUNT_ID = "123456789012"
 REGION = "us-west-2"
 INSTALL_DIR = "/home/ubuntu/comfy"  # where the units expect the bundle; each instance has its own copy
+FAULTLESS_KEY = "faultless"  # the access key of those who watch the cloud: they meet no faults
 CLOCK_S = 0.1
 SHUTDOWN_S = 10.0
 
@@ -122,12 +123,12 @@ class LocalCloud:
         }
 
     def client(self, service: str) -> Any:
-        """A boto3 client of this cloud, whatever the process environment says."""
+        """A boto3 client of this cloud, whatever the process environment says, which meets no faults."""
         return boto3.client(
             service,
             endpoint_url=self.endpoint,
             region_name=REGION,
-            aws_access_key_id="local",
+            aws_access_key_id=FAULTLESS_KEY,
             aws_secret_access_key="local",
         )
 
@@ -227,12 +228,12 @@ class LocalCloud:
             return self._serve_local(environ, start_response)
         body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
         environ["wsgi.input"] = io.BytesIO(body)
-        scope = re.search(r"Credential=[^/]+/[0-9]+/[^/]+/(\w+)/", environ.get("HTTP_AUTHORIZATION", ""))
-        service = scope[1] if scope else ""
+        scope = re.search(r"Credential=([^/]+)/[0-9]+/[^/]+/(\w+)/", environ.get("HTTP_AUTHORIZATION", ""))
+        who, service = scope.groups() if scope else ("", "")
         parameters = dict(parse_qsl(body.decode(errors="replace"))) if service != "s3" else {}
         target = environ.get("HTTP_X_AMZ_TARGET", "").rpartition(".")[2]
         action = parameters.get("Action") or target or environ["REQUEST_METHOD"]
-        fault = self.fault(service, action)
+        fault = self.fault(service, action) if who != FAULTLESS_KEY else None
         if fault is not None:
             return self._answer_fault(fault, start_response, json_protocol=bool(target))
         handler = getattr(self, f"_on_{service}_{action}", None)

@@ -12,10 +12,9 @@ import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
-from conftest import LIMIT_S, ROOT, Site, await_that, image_workflow
+from conftest import LIMIT_S, ROOT, Site, await_that, group_of, image_workflow
 from local_cloud import LocalCloud, Machine
 
 import parse_job
@@ -319,20 +318,12 @@ def test_comfyui_dies_and_the_job_is_run_again(make_site: Callable[..., Site]) -
 
 def test_a_job_that_kills_comfyui_each_time_ends_in_the_dead_letter_queue(make_site: Callable[..., Site]) -> None:
     site = make_site()
-    restarting = threading.Event()
-
-    def keep_running() -> None:
-        while not restarting.is_set():
-            site.start_comfyui().wait()
-
-    thread = threading.Thread(target=keep_running, daemon=True)
-    thread.start()
+    site.keep_comfyui()
     site.start_worker()
     crash = {"4": {"class_type": "StandinCrash", "inputs": {"image": ["1", 0]}},
              "5": {"class_type": "SaveImage", "inputs": {"images": ["4", 0], "filename_prefix": "y"}}}  # fmt: skip
     job_id = site.send(image_workflow(more=crash))
     await_that("the message is in the DLQ", lambda: site.depth(site.dlq_url)[0] == 1)
-    restarting.set()
     assert site.result(job_id) is NO_RESULT_YET
     assert site.log().count("is put back") == 3
 
@@ -402,45 +393,6 @@ def test_callbacks_never_go_to_link_local_addresses(url: str) -> None:
 
 
 # --- Lifecycle -------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def fleet(cloud: LocalCloud, make_site: Callable[..., Site]) -> tuple[Site, Machine]:
-    """A site on an instance of a group with a hook. The group's own instances have no disk and do nothing."""
-    site = make_site(SCALE_COOLDOWN="2")
-    ec2, autoscaling = cloud.client("ec2"), cloud.client("autoscaling")
-    group = f"{site.prefix}-{site.env}-asg"
-    image = ec2.describe_images()["Images"][0]["ImageId"]
-    ec2.create_launch_template(
-        LaunchTemplateName=group, LaunchTemplateData={"ImageId": image, "InstanceType": "g5.2xlarge"}
-    )
-    autoscaling.create_auto_scaling_group(
-        AutoScalingGroupName=group,
-        LaunchTemplate={"LaunchTemplateName": group},
-        MinSize=0,
-        MaxSize=5,
-        DesiredCapacity=1,
-        AvailabilityZones=["us-west-2a"],
-        NewInstancesProtectedFromScaleIn=True,
-        LifecycleHookSpecificationList=[
-            {
-                "LifecycleHookName": "comfy-terminating",
-                "LifecycleTransition": "autoscaling:EC2_INSTANCE_TERMINATING",
-                "HeartbeatTimeout": 60,
-                "DefaultResult": "CONTINUE",
-            }
-        ],
-    )
-    instance_id = group_of(cloud, group)["Instances"][0]["InstanceId"]
-    machine: Machine = await_that("the machine is there", lambda: cloud.machines.get(instance_id))
-    site.metadata_endpoint = machine.metadata_endpoint
-    return site, machine
-
-
-def group_of(cloud: LocalCloud, name: str) -> dict[str, Any]:
-    answer = cloud.client("autoscaling").describe_auto_scaling_groups(AutoScalingGroupNames=[name])
-    group: dict[str, Any] = answer["AutoScalingGroups"][0]
-    return group
 
 
 def test_an_idle_worker_ends_its_instance(cloud: LocalCloud, fleet: tuple[Site, Machine]) -> None:

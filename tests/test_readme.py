@@ -14,7 +14,8 @@ README = (ROOT / "README.md").read_text()
 
 def documented_settings() -> list[str]:
     """A README table row for every variable of env.example, in its words."""
-    rows, words = [], []
+    rows: list[str] = []
+    words: list[str] = []
     for line in (ROOT / "env.example").read_text().partition("# --- Where")[2].splitlines():
         if match := re.fullmatch(r'#?([A-Z][A-Z0-9_]*)="?([^"]*)"?', line):
             default = f"`{match[2]}`" if match[2] else ""
@@ -40,7 +41,9 @@ def test_the_help_is_the_commands_own() -> None:
     assert " ".join(said.split()) in " ".join(README.split()), "Pythons differ in where they break lines"
 
 
-@pytest.mark.parametrize("name", ["create_env.sh", "delete_env.sh", "start_service.sh", "tests/demo.sh", "tests/run.sh"])
+@pytest.mark.parametrize(
+    "name", ["create_env.sh", "delete_env.sh", "start_service.sh", "tests/demo.sh", "tests/run.sh"]
+)
 def test_every_script_shows_its_header_as_help(name: str) -> None:
     ran = subprocess.run(
         [ROOT / name, "--help"], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, check=False
