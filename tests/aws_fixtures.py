@@ -1,9 +1,9 @@
-"""Moto's server and a base machine, for the tests of create_env.sh and delete_env.sh.
+"""The local cloud and a base machine, for the tests of create_env.sh and delete_env.sh.
 
-    aws_fixtures.py
+    aws_fixtures.py FOLDER
 
-alone serves moto on a free loopback port, which it prints, with what moto lacks of create_env.sh's calls.
-It is a process of its own, so that no other test shares its state.
+alone serves the local cloud on a free loopback port and prints its address. It is a process of its own, so
+that it can be reset for every test and no other test shares its state.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import urllib.request
 from collections.abc import Iterator
 from contextlib import suppress
@@ -25,11 +26,10 @@ from typing import Any
 import boto3
 import pytest
 from botocore.exceptions import ClientError
+from local_cloud import ACCOUNT_ID, REGION, LocalCloud
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
-ACCOUNT_ID = "123456789012"
-REGION = "us-west-2"
 CALL_LIMIT_S = 300.0
 LOOKS_TAG = "looks-until-available"  # on a base instance: how often its new image is still pending when looked at
 
@@ -49,19 +49,16 @@ MAX_INSTANCES=20
 # --- The server ------------------------------------------------------------------------------------------
 
 
-def serve() -> None:
-    """Serve until ended. Prints the port."""
-    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
-    from werkzeug.serving import make_server
-
-    fill_gaps()
-    server = make_server("127.0.0.1", 0, DomainDispatcherApplication(create_backend_app), threaded=True)
-    print(server.server_port, flush=True)
-    server.serve_forever()
+def serve(folder: Path) -> None:
+    """Serve the local cloud until ended. Prints the address."""
+    make_images_take_time()
+    with LocalCloud(folder) as cloud:
+        print(cloud.endpoint, flush=True)
+        threading.Event().wait()
 
 
-def fill_gaps() -> None:
-    """Moto refuses snapshot tags in CreateImage, has every image at once, and ignores a group's hooks."""
+def make_images_take_time() -> None:
+    """Moto has every image at once. Here an image is pending for some looks, and a group refuses it until then."""
     from moto.autoscaling.responses import AutoScalingResponse
     from moto.ec2.exceptions import EC2ClientError
     from moto.ec2.models import EC2Backend
@@ -70,14 +67,8 @@ def fill_gaps() -> None:
     create_group = AutoScalingResponse.create_auto_scaling_group
 
     @functools.wraps(create_image)
-    def create_image_with_snapshot_tags(
-        self: Any, instance_id: str, name: str, description: str, tag_specifications: list[dict[str, Any]]
-    ) -> Any:
-        image_tags = [spec for spec in tag_specifications if spec["ResourceType"] == "image"]
-        image: Any = create_image(self, instance_id, name, description, image_tags)
-        for spec in tag_specifications:
-            if spec["ResourceType"] == "snapshot":
-                self.create_tags([image.ebs_snapshot.id], {tag["Key"]: tag["Value"] for tag in spec["Tags"]})
+    def create_image_pending(self: Any, instance_id: str, *args: Any, **kwargs: Any) -> Any:
+        image: Any = create_image(self, instance_id, *args, **kwargs)
         tags = {tag["key"]: tag["value"] for tag in self.get_instance(instance_id).get_tags()}
         image.looks = int(tags.get(LOOKS_TAG, "0"))
         image.state = "pending" if image.looks else "available"
@@ -93,29 +84,22 @@ def fill_gaps() -> None:
         return images
 
     @functools.wraps(create_group)
-    def create_group_with_hooks(self: Any) -> Any:
+    def create_group_of_ready_image(self: Any) -> Any:
         # As AWS may: the template is tried first, and an image that is not ready is refused.
         template = self._get_param("LaunchTemplate", {})
-        backend = self.autoscaling_backend
-        version = backend.ec2_backend.get_launch_template_by_name(template["LaunchTemplateName"]).default_version()
-        image = backend.ec2_backend.amis.get(version.image_id)
+        ec2 = self.autoscaling_backend.ec2_backend
+        version = ec2.get_launch_template_by_name(template["LaunchTemplateName"]).default_version()
+        image = ec2.amis.get(version.image_id)
         if image is None or image.state != "available":
             raise EC2ClientError("ValidationError", f"The image id '[{version.image_id}]' is not available")
-        answer = create_group(self)
-        for hook in self._get_param("LifecycleHookSpecificationList", []):
-            backend.create_lifecycle_hook(
-                hook["LifecycleHookName"],
-                self._get_param("AutoScalingGroupName"),
-                hook["LifecycleTransition"],
-                int(hook["HeartbeatTimeout"]),
-                hook["DefaultResult"],
-            )
-        return answer
+        return create_group(self)
 
-    # setattr, because a type checker rightly frowns on replacing methods.
-    setattr(EC2Backend, "create_image", create_image_with_snapshot_tags)  # noqa: B010
-    setattr(EC2Backend, "describe_images", describe_images_as_they_end)  # noqa: B010
-    setattr(AutoScalingResponse, "create_auto_scaling_group", create_group_with_hooks)  # noqa: B010
+    for owner, name, function in (
+        (EC2Backend, "create_image", create_image_pending),
+        (EC2Backend, "describe_images", describe_images_as_they_end),
+        (AutoScalingResponse, "create_auto_scaling_group", create_group_of_ready_image),
+    ):
+        setattr(owner, name, function)
 
 
 # --- What the tests use ----------------------------------------------------------------------------------
@@ -367,21 +351,21 @@ exec '{TESTS}/bin/aws' "$@"
 
 
 @pytest.fixture(scope="session")
-def aws_server() -> Iterator[Aws]:
+def aws_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Aws]:
     """The server, one for each pytest process."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
     process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).resolve())],
+        [sys.executable, str(Path(__file__).resolve()), str(tmp_path_factory.mktemp("cloud"))],
         env=environment | {"MOTO_EC2_LOAD_DEFAULT_AMIS": "false"},
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
     )
     assert process.stdout
-    port = process.stdout.readline().strip()
-    assert port, "moto's server did not start"
+    endpoint = process.stdout.readline().strip()
+    assert endpoint, "the local cloud did not start"
     try:
-        yield Aws(f"http://127.0.0.1:{port}")
+        yield Aws(endpoint)
     finally:
         process.terminate()
         process.wait(timeout=CALL_LIMIT_S)
@@ -400,4 +384,4 @@ def bundle(tmp_path: Path, aws: Aws) -> Bundle:
 
 
 if __name__ == "__main__":
-    serve()
+    serve(Path(sys.argv[1]))

@@ -47,6 +47,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -78,6 +79,7 @@ JOBS_PER_FAULT = 8
 AWS_ERROR_SHARE = 0.05
 SPOT_NOTICE_S = 7.0  # two minutes in real life
 OUTAGE_S = 3.0
+NEVER = float("inf")
 SETTINGS = f"""
 MIN_INSTANCES=0
 MAX_INSTANCES={INSTANCES}
@@ -115,6 +117,7 @@ class PlannedFault(NamedTuple):
     kind: str
     rank: int
     seconds: float
+    mid_job: bool  # wait for an instance that has a job in hand
 
 
 KINDS: dict[str, tuple[int, str, tuple[str, ...]]] = {
@@ -161,9 +164,9 @@ def plan_jobs(seed: int, count: int) -> list[Job]:
     chance.shuffle(kinds)
     jobs = [make_job(chance, kind, *KINDS[kind][1:]) for kind in kinds]
     # Poison goes first, because it is given back for longer and longer until it is in the dead-letter queue.
-    for number in range(max(1, count // JOBS_PER_POISON)):
-        poison = make_job(chance, POISON[number % len(POISON)], "dead", ())
-        jobs[int(chance.uniform(0, 0.1 if count < 1000 else 0.9) * len(jobs))] = poison
+    poisons = max(1, count // JOBS_PER_POISON)
+    for number, place in enumerate(chance.sample(range(10 * poisons if count > 1000 else 10), poisons)):
+        jobs[place] = make_job(chance, POISON[number % len(POISON)], "dead", ())
     order = [(float(place), job) for place, job in enumerate(jobs)]
     for place, job in enumerate(jobs):
         if job.expect == "succeeded" and job.kind not in WITHOUT_ID and chance.random() < 0.1:
@@ -234,7 +237,7 @@ def plan_faults(seed: int, count: int) -> list[PlannedFault]:
     chance.shuffle(kinds)
     places = sorted(chance.randrange(round(0.9 * count)) for _ in kinds)
     return [
-        PlannedFault(place, kind, chance.randrange(INSTANCES), chance.uniform(0.5, 2.5))
+        PlannedFault(place, kind, chance.randrange(INSTANCES), chance.uniform(0.5, 2.5), chance.random() < 0.6)
         for place, kind in zip(places, kinds, strict=True)
     ]
 
@@ -248,6 +251,7 @@ class Delivery(NamedTuple):
     at: float
     instance_id: str
     message_id: str
+    lost: bool  # the answer did not arrive
 
 
 class Receipt(NamedTuple):
@@ -297,7 +301,7 @@ class ChaosCloud(LocalCloud):
             return self._answer_fault(error, start_response, json_protocol=bool(target))
 
         if operation == "ReceiveMessage":
-            body = self._await_message(json.loads(body))
+            body = self._await_message(json.loads(body), environ["werkzeug.socket"])
         environ |= {"wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body))}
         answered: list[Any] = []
         lock = self._sqs_lock if service == "sqs" else self._s3_lock if "HTTP_IF_NONE_MATCH" in environ else None
@@ -308,7 +312,7 @@ class ChaosCloud(LocalCloud):
                 answer = b"".join(super().__call__(environ, lambda *args: answered.append(args)))
         status, headers, *_ = answered[-1]
         if status.startswith("200"):
-            self._note(instance_id, operation, environ["PATH_INFO"], headers, answer)
+            self._note(instance_id, operation, environ["PATH_INFO"], headers, answer, lost=error is not None)
         if error is not None:
             return self._answer_fault(Fault(500, "InternalError"), start_response, json_protocol=bool(target))
         start_response(*answered[-1])
@@ -339,18 +343,21 @@ class ChaosCloud(LocalCloud):
             self.error_times[instance_id].append(time.time())
         return kinds[kind]
 
-    def _await_message(self, call: dict[str, Any]) -> bytes:
+    def _await_message(self, call: dict[str, Any], caller: socket.socket) -> bytes:
         """Poll here for as long as the caller polls, so that moto, which is locked meanwhile, need not."""
         limit = time.monotonic() + call.get("WaitTimeSeconds", 0)
         queue = get_backend("sqs")[ACCOUNT_ID][REGION].queues[call["QueueUrl"].rpartition("/")[2]]
         while not queue.messages and time.monotonic() < limit and not self._ended.is_set():
+            with suppress(BlockingIOError):
+                if not caller.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                    raise ConnectionAbortedError("the worker is gone: no message for it")
             time.sleep(0.05)
         return json.dumps(call | {"WaitTimeSeconds": 0}).encode()
 
-    def _note(self, instance_id: str, operation: str, path: str, headers: Any, answer: bytes) -> None:
+    def _note(self, instance_id: str, operation: str, path: str, headers: Any, answer: bytes, *, lost: bool) -> None:
         if operation == "ReceiveMessage":
             for message in json.loads(answer).get("Messages", []):
-                self.deliveries.append(Delivery(time.time(), instance_id, message["MessageId"]))
+                self.deliveries.append(Delivery(time.time(), instance_id, message["MessageId"], lost))
         receipt = re.fullmatch(rf"/{BUCKET}/output/([^/]+)/result\.json", path)
         if receipt and operation in ("PUT", "DELETE"):
             etag = {name.lower(): value for name, value in headers}.get("etag", "deleted")
@@ -421,6 +428,7 @@ class Soak:
         self.faults: list[Done] = []
         self.later: list[tuple[float, Callable[[], Any]]] = []
         self.condemned: set[str] = set()
+        self.job_of: dict[str, str] = {}  # message -> job
         self.comfy_pids: dict[int, str] = {}  # ComfyUI's process -> its instance
         self.queue_url = self.dlq_url = ""
         self.started = self.duration_s = 0.0
@@ -502,6 +510,7 @@ class Soak:
         job.message_ids.append(message_id)
         if job.kind in WITHOUT_ID:
             job.id = message_id
+        self.job_of[message_id] = job.id
 
     def depth(self) -> int:
         """Messages waiting, held or put back."""
@@ -518,8 +527,10 @@ class Soak:
 
     def inject(self, fault: PlannedFault) -> bool:
         """Let the fault happen to an instance; False where none is there for it now."""
-        answer = self.autoscaling.describe_auto_scaling_instances()["AutoScalingInstances"]
-        in_service = {state["InstanceId"] for state in answer if state["LifecycleState"] == "InService"}
+        group = get_backend("autoscaling")[ACCOUNT_ID][REGION].autoscaling_groups[GROUP]
+        in_service = {state.instance_id for state in group.instance_states if state.lifecycle_state == "InService"}
+        if fault.mid_job:
+            in_service &= self.holders()
         live = [
             machine
             for machine in list(self.cloud.machines.values())
@@ -532,6 +543,13 @@ class Soak:
         now = time.time()
         self.faults.append(Done(now, fault.kind, machine.instance_id, self.strike(fault, machine, now)))
         return True
+
+    def holders(self) -> set[str]:
+        """The instances whose latest message has no receipt yet."""
+        latest = {delivery.instance_id: delivery.message_id for delivery in self.cloud.deliveries[-100:]}
+        return {
+            instance for instance, message in latest.items() if self.job_of.get(message) not in self.cloud.receipts
+        }
 
     def strike(self, fault: PlannedFault, machine: Machine, now: float) -> float:
         """Do it; returns when the fault is over."""
@@ -561,11 +579,13 @@ class Soak:
             self.condemned.add(instance_id)
             machine.metadata["spot/instance-action"] = json.dumps({"action": "terminate", "time": "soon"})
             self.later.append((now + SPOT_NOTICE_S, lambda: self.ec2.terminate_instances(InstanceIds=[instance_id])))
-            return float("inf")
+            return NEVER
         return now
 
     def end(self) -> None:
-        """Let no process stay stopped."""
+        """Let no process stay stopped, and let nothing disturb the end."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
         for _, action in self.later:
             with suppress(Exception):
                 action()
@@ -601,9 +621,8 @@ class Audit:
         self.dead = self.read_dlq()
         self.starts = self.read_ledger()
         self.deliveries: dict[str, list[Delivery]] = defaultdict(list)
-        job_of = {message_id: job.id for job in soak.jobs for message_id in job.message_ids}
         for delivery in self.cloud.deliveries:
-            self.deliveries[job_of.get(delivery.message_id, "?")].append(delivery)
+            self.deliveries[soak.job_of[delivery.message_id]].append(delivery)
         for job in soak.jobs:
             self.look_at(job)
         self.look_for_strays()
@@ -688,7 +707,7 @@ class Audit:
     def explain(self, job: Job, earlier: list[Start], start: Start) -> str | None:
         """Why a job was started once more, None where nothing explains it."""
         instance_id = self.soak.comfy_pids.get(start.pid)
-        before = [delivery for delivery in self.deliveries[job.id] if delivery.at <= start.at]
+        before = [delivery for delivery in self.deliveries[job.id] if delivery.at <= start.at and not delivery.lost]
         ours = [delivery for delivery in before if delivery.instance_id == instance_id]
         receipt_at = self.receipt_at(job)
         if not ours or ours[-1].at > receipt_at:
@@ -698,49 +717,43 @@ class Audit:
             # Out of memory is tried once more on the same machine, when ComfyUI has freed its own.
             return "out of memory" if job.kind == "short of memory" and same[-1].ending == "error" else None
         for delivery in before:
-            fault = self.interruption(delivery, min(start.at, receipt_at))
+            fault = self.interruption(job, delivery, min(start.at, receipt_at))
             if fault is not None:
-                return fault
+                return fault[1]
         if len({delivery.message_id for delivery in before}) > 1:
             return "sent twice"
         return None
 
-    def interruption(self, delivery: Delivery, limit: float) -> str | None:
-        """The first fault that took the message from the instance that had received it, before the limit."""
+    def interruption(self, job: Job, delivery: Delivery, limit: float = NEVER) -> tuple[float, str] | None:
+        """When and how a fault took the message from the instance, before its next receive and the limit."""
+        again = [d.at for d in self.deliveries[job.id] if d.message_id == delivery.message_id and d.at > delivery.at]
         faults = [
-            fault
+            (fault.at, fault.kind)
             for fault in self.soak.faults
             if fault.kind in INTERRUPTING
             and fault.instance_id == delivery.instance_id
-            and fault.at <= limit
+            and fault.at <= min([limit, *again])
             and fault.until >= delivery.at
         ]
-        return faults[0].kind if faults else None
+        return min(faults, default=None)
 
     def was_interrupted(self, job: Job, message_id: str) -> bool:
-        """Whether each receive of the message was interrupted by a fault before the next one."""
-        times = [delivery for delivery in self.deliveries[job.id] if delivery.message_id == message_id]
-        limits = [delivery.at for delivery in times[1:]] + [float("inf")]
-        return all(self.interruption(delivery, limit) for delivery, limit in zip(times, limits, strict=True))
+        """Whether a fault ended each receive of the message."""
+        receives = [delivery for delivery in self.deliveries[job.id] if delivery.message_id == message_id]
+        return all(delivery.lost or self.interruption(job, delivery) for delivery in receives)
 
     def measure_recovery(self, job: Job) -> None:
         """How long a job that was interrupted took until its receipt: once for each receive."""
-        deliveries, receipt_at = self.deliveries[job.id], self.receipt_at(job)
-        for number, delivery in enumerate(deliveries):
-            limit = deliveries[number + 1].at if number + 1 < len(deliveries) else receipt_at
-            faults = [
-                fault.at
-                for fault in self.soak.faults
-                if fault.kind in INTERRUPTING and fault.instance_id == delivery.instance_id
-                if delivery.at <= fault.at <= min(limit, receipt_at)
-            ]
-            if faults and receipt_at < float("inf"):
-                self.recovery_s.append(receipt_at - faults[0])
+        receipt_at = self.receipt_at(job)
+        for delivery in self.deliveries[job.id] if receipt_at < NEVER else []:
+            fault = self.interruption(job, delivery, receipt_at)
+            if fault is not None and fault[0] >= delivery.at:
+                self.recovery_s.append(receipt_at - fault[0])
 
     def receipt_at(self, job: Job) -> float:
         """When the job's receipt was written."""
         written = self.cloud.receipts.get(job.id)
-        return written[0].at if written else float("inf")
+        return written[0].at if written else NEVER
 
     def look_for_strays(self) -> None:
         """Nobody may write outside the folders of jobs and instances."""
@@ -830,13 +843,13 @@ def main() -> int:
     try:
         with scratch_folder() as folder:
             soak = Soak(folder, count, seed)
-            try:
-                with soak.cloud:
+            with soak.cloud:
+                try:
                     soak.prepare()
                     soak.run()
                     audit = Audit(soak)
-            finally:
-                soak.end()
+                finally:
+                    soak.end()
             audit.print_table(seed)
             if any(audit.wrongs.values()):
                 sys.exit(1)

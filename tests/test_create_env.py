@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aws_fixtures import ACCOUNT_ID, ENV_FILE, REGION, Aws, Base, Bundle, aws, aws_server, bundle, tags_of
+from aws_fixtures import ENV_FILE, Aws, Base, Bundle, aws, aws_server, bundle, tags_of
+from local_cloud import ACCOUNT_ID, REGION
 
 __all__ = ["aws", "aws_server", "bundle"]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from aws_fixtures import ACCOUNT_ID, REGION, Aws, Bundle, aws, aws_server, bundle
+from aws_fixtures import Aws, Bundle, aws, aws_server, bundle
+from local_cloud import ACCOUNT_ID, REGION
 
 __all__ = ["aws", "aws_server", "bundle"]
 
