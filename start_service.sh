@@ -27,6 +27,7 @@ COPY_TRIES=3
 COPY_PAUSE_SECONDS=${COPY_PAUSE_SECONDS:-10}
 LOG_LIMIT_BYTES=$((50 * 1024 * 1024))
 WAIT_REPORT_SECONDS=${WAIT_REPORT_SECONDS:-30}
+WATCHDOG_SECONDS=${WATCHDOG_SECONDS:-30}
 
 usage() {
   sed -n '2,/^set -/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
@@ -260,12 +261,12 @@ start_comfyui() {
 
 # --- comfy-manage ----------------------------------------------------------------------------
 
-# tell_systemd: that the service is up, and every half minute that it lives; until stop_telling,
+# tell_systemd: that the service is up, and then again and again that it lives; until stop_telling,
 # after which the worker does so itself.
 tell_systemd() {
   [[ -n ${NOTIFY_SOCKET:-} ]] || return 0
   systemd-notify --ready
-  while sleep 30; do systemd-notify WATCHDOG=1; done &
+  while sleep "$WATCHDOG_SECONDS"; do systemd-notify WATCHDOG=1; done >/dev/null 2>&1 &
   TELLER=$!
 }
 

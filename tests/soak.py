@@ -30,6 +30,7 @@ IN DLQ WRONGLY       any other message there
 CALLBACKS WRONG      a job with a callback_url, its message gone, without an accepted, signed callback whose
                      body is the receipt
 STRAY FILES          an object in the bucket outside models/, input/ and the output/ of a job or instance
+STILL IN QUEUE       a message that was not settled within the limit of two minutes and a second for each job
 recovery             from a fault that interrupted a job to that job's receipt
 
 Those in capitals must be 0, and the exit code says so.
@@ -45,26 +46,24 @@ import json
 import os
 import random
 import re
-import shutil
 import signal
 import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import requests
-from demo import CHECKPOINT, make_base_folder
+from demo import CHECKPOINT, make_base_folder, scratch_folder, tell
 from local_cloud import ACCOUNT_ID, REGION, Fault, LocalCloud, Machine
 from moto.backends import get_backend
 
@@ -74,8 +73,8 @@ GROUP = "simple-comfy-soak-asg"
 SECRET = "the receiver knows it"
 INSTANCES = 3
 MAX_RECEIVES = 3
-IN_QUEUE_LIMIT = 150  # so many jobs wait at most; the rest is sent as these go
-JOBS_PER_FAULT = 8
+IN_QUEUE_LIMIT = 50  # so many jobs wait at most; the rest is sent as these go
+JOBS_PER_FAULT = 10
 AWS_ERROR_SHARE = 0.05
 SPOT_NOTICE_S = 7.0  # two minutes in real life
 OUTAGE_S = 3.0
@@ -170,7 +169,7 @@ def plan_jobs(seed: int, count: int) -> list[Job]:
     order = [(float(place), job) for place, job in enumerate(jobs)]
     for place, job in enumerate(jobs):
         if job.expect == "succeeded" and job.kind not in WITHOUT_ID and chance.random() < 0.1:
-            order.append((place + chance.uniform(0, 40), job))
+            order.append((place + chance.uniform(0, 30), job))
     return [job for _, job in sorted(order, key=lambda item: item[0])]
 
 
@@ -305,11 +304,8 @@ class ChaosCloud(LocalCloud):
         environ |= {"wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body))}
         answered: list[Any] = []
         lock = self._sqs_lock if service == "sqs" else self._s3_lock if "HTTP_IF_NONE_MATCH" in environ else None
-        if lock is None:
+        with lock or nullcontext():
             answer = b"".join(super().__call__(environ, lambda *args: answered.append(args)))
-        else:
-            with lock:
-                answer = b"".join(super().__call__(environ, lambda *args: answered.append(args)))
         status, headers, *_ = answered[-1]
         if status.startswith("200"):
             self._note(instance_id, operation, environ["PATH_INFO"], headers, answer, lost=error is not None)
@@ -431,6 +427,7 @@ class Soak:
         self.job_of: dict[str, str] = {}  # message -> job
         self.comfy_pids: dict[int, str] = {}  # ComfyUI's process -> its instance
         self.queue_url = self.dlq_url = ""
+        self.left = 0  # messages
         self.started = self.duration_s = 0.0
 
     def prepare(self) -> None:
@@ -474,9 +471,9 @@ class Soak:
 
     def run(self) -> None:
         """Send and disturb until everything is settled, or the limit is reached."""
-        self.started, shown = time.time(), 0.0
+        self.started = time.time()
         waiting = list(self.order)
-        settled_at = 0.0
+        next_look = next_word = 0.0
         while time.time() < self.started + self.limit_s:
             receipts = len(self.cloud.receipts)
             while waiting and len(self.order) - len(waiting) < receipts + IN_QUEUE_LIMIT:
@@ -487,16 +484,14 @@ class Soak:
             if self.plan and self.plan[0].after <= receipts and self.inject(self.plan[0]):
                 self.plan.pop(0)
             self.note_processes()
-            if time.time() > shown + 5:
-                shown = time.time()
-                tell(
-                    f"{shown - self.started:4.0f} s: {receipts} of {len(self.jobs)} receipts, {len(self.faults)} faults"
-                )
-            # Some messages come back late, so that the queue's depth alone is not asked all the time.
-            if not waiting and time.time() > settled_at + 0.5:
-                settled_at = time.time()
-                if self.depth() == 0:
+            if time.time() > next_look:
+                next_look = time.time() + 1
+                self.left = self.depth()
+                if not waiting and not self.left:
                     break
+            if time.time() > next_word:
+                next_word = time.time() + 10
+                tell(f"{time.time() - self.started:4.0f} s: {receipts} of {len(self.jobs)} jobs have their receipt")
             time.sleep(0.05)
         self.cloud.chaos = False
         self.duration_s = time.time() - self.started
@@ -547,9 +542,7 @@ class Soak:
     def holders(self) -> set[str]:
         """The instances whose latest message has no receipt yet."""
         latest = {delivery.instance_id: delivery.message_id for delivery in self.cloud.deliveries[-100:]}
-        return {
-            instance for instance, message in latest.items() if self.job_of.get(message) not in self.cloud.receipts
-        }
+        return {where for where, message in latest.items() if self.job_of.get(message) not in self.cloud.receipts}
 
     def strike(self, fault: PlannedFault, machine: Machine, now: float) -> float:
         """Do it; returns when the fault is over."""
@@ -604,7 +597,7 @@ class Start(NamedTuple):
 
 
 WRONGS = ("LOST", "FALSELY DONE", "RECEIPTS CHANGED", "UNEXPLAINED RE-RUNS", "WRONGLY FAILED", "IN DLQ WRONGLY",
-          "CALLBACKS WRONG", "STRAY FILES")  # fmt: skip
+          "CALLBACKS WRONG", "STRAY FILES", "STILL IN QUEUE")  # fmt: skip
 
 
 class Audit:
@@ -617,15 +610,20 @@ class Audit:
         self.wrongs: dict[str, list[str]] = {name: [] for name in WRONGS}
         self.explained = Counter[str]()
         self.recovery_s: list[float] = []
-        self.objects = self.read_bucket()
-        self.dead = self.read_dlq()
-        self.starts = self.read_ledger()
         self.deliveries: dict[str, list[Delivery]] = defaultdict(list)
         for delivery in self.cloud.deliveries:
             self.deliveries[soak.job_of[delivery.message_id]].append(delivery)
-        for job in soak.jobs:
+        self.objects: dict[str, int] = {}
+        self.dead: set[str] = set()
+        self.starts: dict[str, list[Start]] = {}
+
+    def run(self) -> None:
+        """Read what is there, and look at every job."""
+        self.objects, self.dead, self.starts = self.read_bucket(), self.read_dlq(), self.read_ledger()
+        for job in self.soak.jobs:
             self.look_at(job)
         self.look_for_strays()
+        self.wrongs["STILL IN QUEUE"] += ["a message"] * self.soak.left
 
     def read_bucket(self) -> dict[str, int]:
         """Every key of the bucket and its size."""
@@ -669,7 +667,7 @@ class Audit:
             if job.callback and len(dead) < len(job.message_ids) and body not in bodies:
                 self.wrongs["CALLBACKS WRONG"].append(f"{story}: {len(bodies)} accepted, none is the receipt")
         elif not dead:
-            self.wrongs["LOST"].append(f"{story}: received {len(self.deliveries[job.id])} times")
+            self.wrongs["LOST"].append(f"{story}: {self.describe(job)}")
         elif job.expect == "dead" or all(self.was_interrupted(job, message_id) for message_id in dead):
             self.rights["in DLQ rightly"] += 1
         else:
@@ -769,9 +767,8 @@ class Audit:
         """All that is known of a job, in the order of time."""
         zero = self.soak.started
         story = [(d.at, f"received by {d.instance_id}") for d in self.deliveries[job.id]]
-        story += [
-            (s.at, f"started by {self.soak.comfy_pids.get(s.pid)}/{s.pid}: {s.ending}") for s in self.starts[job.id]
-        ]
+        pids = self.soak.comfy_pids
+        story += [(s.at, f"started by {pids.get(s.pid)}/{s.pid}: {s.ending}") for s in self.starts[job.id]]
         story += [(r.at, "receipt") for r in self.cloud.receipts.get(job.id, [])]
         instances = {delivery.instance_id for delivery in self.deliveries[job.id]}
         span = (min(at for at, _ in story) - 2, max(at for at, _ in story) + 1) if story else (0, 0)
@@ -788,27 +785,20 @@ class Audit:
         def of(counter: Counter[str]) -> str:
             return ", ".join(f"{name} {number}" for name, number in counter.most_common()) or "none"
 
+        seconds = [0.0, *self.recovery_s, 0.0] if len(self.recovery_s) < 2 else self.recovery_s
+        cuts = statistics.quantiles(seconds, n=20, method="inclusive")
+        errors, faults = self.cloud.errors, Counter(fault.kind for fault in soak.faults)
         rows = [("sent", f"{len(soak.jobs)} jobs, {copies} of them twice")]
         rows += [(name, str(self.rights[name])) for name in ("succeeded", "failed rightly", "in DLQ rightly")]
         rows += [(name, str(len(stories))) for name, stories in self.wrongs.items()]
-        rows += [("re-runs explained", f"{self.explained.total()} ({of(self.explained)})")]
-        if len(self.recovery_s) > 1:
-            cuts = statistics.quantiles(self.recovery_s, n=20, method="inclusive")
-            rows += [
-                ("recovery", f"p50 {cuts[9]:.1f} s, p95 {cuts[18]:.1f} s, of {len(self.recovery_s)} interruptions")
-            ]
         rows += [
-            (
-                "duration",
-                f"{soak.duration_s:.0f} s with {INSTANCES} instances, {len(self.cloud.machines) - 1} in all",
-            ),
-            ("faults", f"{len(soak.faults)} ({of(Counter(fault.kind for fault in soak.faults))})"),
-            (
-                "AWS errors",
-                f"{self.cloud.errors.total()} of {self.cloud.calls.total()} calls ({of(self.cloud.errors)})",
-            ),
+            ("re-runs explained", f"{self.explained.total()} ({of(self.explained)})"),
+            ("recovery", f"p50 {cuts[9]:.1f} s, p95 {cuts[18]:.1f} s, of {len(self.recovery_s)} interruptions"),
+            ("duration", f"{soak.duration_s:.0f} s, {INSTANCES} instances at a time, {len(self.cloud.machines) - 1} in all"),
+            ("faults", f"{faults.total()} ({of(faults)})"),
+            ("AWS errors", f"{errors.total()} of {self.cloud.calls.total()} calls ({of(errors)})"),
             ("seed", str(seed)),
-        ]
+        ]  # fmt: skip
         for name, value in rows:
             print(f"{name:<20} {value}")
         for name, stories in self.wrongs.items():
@@ -817,23 +807,6 @@ class Audit:
 
 
 # --- Start -------------------------------------------------------------------------------------------------
-
-
-def tell(text: str) -> None:
-    """One line on what goes on."""
-    print(text, file=sys.stderr, flush=True)
-
-
-@contextmanager
-def scratch_folder() -> Iterator[Path]:
-    """A temporary folder, kept for a look at its logs when something was wrong."""
-    folder = Path(tempfile.mkdtemp(prefix="comfy-soak-"))
-    try:
-        yield folder
-    except BaseException:
-        tell(f"What the machines logged is in {folder}/cloud")
-        raise
-    shutil.rmtree(folder)
 
 
 def main() -> int:
@@ -848,6 +821,7 @@ def main() -> int:
                     soak.prepare()
                     soak.run()
                     audit = Audit(soak)
+                    audit.run()
                 finally:
                     soak.end()
             audit.print_table(seed)

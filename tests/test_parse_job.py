@@ -174,6 +174,17 @@ def test_a_job_that_has_its_result_is_not_run_again(busy_site: Site) -> None:
     assert busy_site.runs(job_id) == 1
 
 
+def test_a_job_that_finished_on_another_instance_is_not_run_here(busy_site: Site) -> None:
+    job_id = new_job_id()
+    receipt = {"job_id": job_id, "status": "succeeded", "error": None}
+    key = f"output/{job_id}/result.json"
+    busy_site.s3.put_object(Bucket=busy_site.bucket, Key=key, Body=json.dumps(receipt).encode())
+    busy_site.send({"prompt": image_workflow(), "job_id": job_id})
+    busy_site.await_empty_queue()
+    assert busy_site.runs(job_id) == 0
+    assert busy_site.result(job_id) == receipt
+
+
 def test_commands_are_refused_on_the_fleet(busy_site: Site) -> None:
     result = busy_site.await_result(busy_site.send({"exec_cmd": f"touch {busy_site.folder}/made"}))
     assert result["error"]["kind"] == "command_refused"
@@ -257,6 +268,7 @@ def test_a_long_job_is_held_and_not_run_twice(make_site: Callable[..., Site]) ->
     assert (result["status"], result["attempt"]) == ("succeeded", 1)
     assert site.runs(job_id) == 1
     site.await_empty_queue()
+    assert "attempt 2" not in site.log()
 
 
 def test_a_killed_workers_job_is_adopted(make_site: Callable[..., Site]) -> None:

@@ -806,6 +806,48 @@ def test_a_waiting_worker_stops_at_once(machine: Machine) -> None:
         assert process.wait(timeout=PATIENCE_SECONDS) == -signal.SIGTERM
 
 
+def test_systemd_hears_that_the_worker_is_up_before_cloud_init_is_waited_for(machine: Machine) -> None:
+    machine.stub("systemd-notify", "")
+    machine.stub("cloud-init", 'until [[ -e "$STATE/done" ]]; do sleep 0.05; done')
+    process = machine.start("comfy-manage", NOTIFY_SOCKET=str(machine.state / "nobody"))
+    calls = machine.state / "calls"
+    await_true("cloud-init is waited for", lambda: calls.exists() and "cloud-init" in calls.read_text())
+    await_true("systemd was told", lambda: "systemd-notify --ready" in calls.read_text())
+    process.terminate()
+    process.wait(timeout=PATIENCE_SECONDS)
+
+
+def test_the_watchdog_is_left_to_the_worker(
+    machine: Machine, serve: Callable[..., http.server.ThreadingHTTPServer]
+) -> None:
+    class Ready(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_args: object) -> None:
+            pass
+
+    machine.stub("systemd-notify", "")
+    bound = socket.socket()
+    bound.bind(("127.0.0.1", 0))
+    machine.settings(COMFY_ADDRESS=f"127.0.0.1:{bound.getsockname()[1]}")
+    serve(Ready, bound)
+    (machine.home / "parse_job.py").write_text(REPORT + LAST_WORDS)
+    machine.stub("cloud-init", 'until grep -q WATCHDOG=1 "$STATE/calls"; do sleep 0.05; done')
+    process = machine.start("comfy-manage", NOTIFY_SOCKET=str(machine.state / "nobody"), WATCHDOG_SECONDS="0.1")
+    await_true("the worker runs", (machine.state / "ready").exists)
+
+    def told() -> int:
+        return (machine.state / "calls").read_text().count("WATCHDOG=1")
+
+    before, end = told(), time.monotonic() + 2
+    await_true("some time has passed", lambda: time.monotonic() > end)
+    assert told() <= before + 1, "one may have been under way"
+    process.terminate()
+    process.wait(timeout=PATIENCE_SECONDS)
+
+
 # --- The systemd units -------------------------------------------------------------------------
 
 UNITS = {"comfyui.service": "comfyui", "comfy-manage.service": "comfy-manage"}
