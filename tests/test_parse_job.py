@@ -378,13 +378,13 @@ class Receiver:
 
 
 def test_a_refused_callback_is_repeated_without_running_the_job_again(make_site: Callable[..., Site]) -> None:
-    receiver = Receiver(refuse=1)
+    receiver = Receiver(refuse=parse_job.CALLBACK_TRIES)  # so that the queue brings it again
     site = make_site(CALLBACK_SECRET="hush", VISIBILITY_TIMEOUT="3")
     site.start_comfyui()
     site.start_worker()
     job_id = new_job_id()
     site.send({"prompt": image_workflow(), "job_id": job_id, "callback_url": receiver.url})
-    await_that("the second callback", lambda: len(receiver.calls) == 2)
+    await_that("the accepted callback", lambda: len(receiver.calls) == parse_job.CALLBACK_TRIES + 1)
     site.await_empty_queue()
     assert site.runs(job_id) == 1
     headers, body = receiver.calls[-1]
