@@ -195,7 +195,8 @@ class Worker:
             if self.drain.is_set() and self.in_group and now >= next_beat:
                 next_beat = now + HEARTBEAT_S
                 self.beat()
-            if (self.capacity_due.is_set() or self.leases) and now >= next_raise:
+            # Leaving, it would take the job it still finishes for one that needs somebody: see leave().
+            if (self.capacity_due.is_set() or self.leases) and now >= next_raise and not self.drain.is_set():
                 next_raise = now + CAPACITY_POLL_S
                 self.capacity_due.clear()
                 self.raise_capacity()

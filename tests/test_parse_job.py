@@ -431,15 +431,21 @@ def test_the_group_keeps_its_minimum(cloud: LocalCloud, fleet: tuple[Site, Machi
     assert site.await_result(site.send(image_workflow()))["status"] == "succeeded"
 
 
-def test_a_job_is_finished_before_the_instance_goes(cloud: LocalCloud, fleet: tuple[Site, Machine]) -> None:
+def test_a_job_is_finished_before_the_instance_goes(
+    cloud: LocalCloud, fleet: tuple[Site, Machine], monkeypatch: pytest.MonkeyPatch
+) -> None:
     site, machine = fleet
+    calls: list[str] = []
+    monkeypatch.setattr(cloud, "fault", lambda _, operation: calls.append(operation))
     site.start_comfyui()
     site.start_worker()
     job_id = site.send(image_workflow(8))
     await_that("the job runs", lambda: site.runs(job_id))
+    await_that("the worker has looked at the capacity", lambda: "DescribeAutoScalingGroups" in calls)
     cloud.client("autoscaling").terminate_instance_in_auto_scaling_group(
         InstanceId=machine.instance_id, ShouldDecrementDesiredCapacity=True
     )
+    assert group_of(cloud, f"{site.prefix}-{site.env}-asg")["DesiredCapacity"] == 0
     waiting = site.send(image_workflow())
     assert site.await_result(job_id)["status"] == "succeeded"
     assert site.runs(job_id) == 1
