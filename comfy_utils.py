@@ -16,7 +16,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -192,7 +192,13 @@ def _check(values: Mapping[str, str], path: Path) -> Settings:
 
 
 class InvalidMessageError(Exception):
-    """A message that is no job; the text says why, and what to send instead."""
+    """A message that is no job; the text says why, and what to send instead.
+
+    `job_id` and `callback_url` are set as far as the message has usable ones, so that its sender hears of it.
+    """
+
+    job_id: str | None = None
+    callback_url: str | None = None
 
 
 class InvalidWorkflowError(InvalidMessageError):
@@ -261,27 +267,41 @@ def parse_message(body: str, message_id: str) -> Job:
     kinds = [key for key in ("prompt", "workflow_key", "exec_cmd") if key in message]
     if not kinds:
         return Job(message_id, workflow=check_workflow(message))
-    if len(kinds) > 1:
-        raise InvalidMessageError(f"the message has both {kinds[0]} and {kinds[1]}: send one of them")
-    job_id = message.get("job_id", message_id)
-    if not is_job_id(job_id):
+    job_id, callback_url = message.get("job_id", message_id), message.get("callback_url")
+    try:
+        return _parse_job(message, kinds, job_id, callback_url)
+    except InvalidMessageError as error:
+        error.job_id = job_id if is_job_id(job_id) else None
+        error.callback_url = callback_url if _is_http_url(callback_url) else None
+        raise
+
+
+def _parse_job(message: dict[str, Any], kinds: list[str], job_id: object, callback_url: object) -> Job:
+    if not isinstance(job_id, str) or not is_job_id(job_id):
         raise InvalidMessageError(
             f"job_id {job_id!r:.60} is no lowercase UUID: leave it out or use str(uuid.uuid4())"
         )
-    callback_url = message.get("callback_url")
-    if callback_url is not None and not (isinstance(callback_url, str) and re.match(r"https?://\S+$", callback_url)):
+    if callback_url is not None and not _is_http_url(callback_url):
         raise InvalidMessageError(f"callback_url {callback_url!r:.60} is no http(s) address")
+    if len(kinds) > 1:
+        raise InvalidMessageError(f"the message has both {kinds[0]} and {kinds[1]}: send one of them")
+    job = Job(job_id, callback_url=str(callback_url) if callback_url else None)
     if "exec_cmd" in message:
         if not isinstance(message["exec_cmd"], str) or not message["exec_cmd"].strip():
             raise InvalidMessageError("exec_cmd is not a shell command: send a string")
-        return Job(job_id, command=message["exec_cmd"], callback_url=callback_url)
+        return replace(job, command=message["exec_cmd"])
     if "workflow_key" in message:
-        if message["workflow_key"] != large_workflow_key(job_id):
+        key = large_workflow_key(job_id)
+        if message["workflow_key"] != key:
             raise InvalidMessageError(
-                f"workflow_key {message['workflow_key']!r:.60} is not this job's: it must be {large_workflow_key(job_id)}"
+                f"workflow_key {message['workflow_key']!r:.60} is not this job's: it must be {key}"
             )
-        return Job(job_id, workflow_key=message["workflow_key"], callback_url=callback_url)
-    return Job(job_id, workflow=check_workflow(message["prompt"]), callback_url=callback_url)
+        return replace(job, workflow_key=key)
+    return replace(job, workflow=check_workflow(message["prompt"]))
+
+
+def _is_http_url(value: object) -> bool:
+    return isinstance(value, str) and bool(re.fullmatch(r"https?://\S+", value))
 
 
 def _refuse_constant(name: str) -> None:

@@ -799,11 +799,11 @@ class Worker:
 
 
 def understand(message: dict[str, Any]) -> tuple[Job, str | None]:
-    """The message's job, and why it is none (then the job has only the message's id)."""
+    """The message's job, and why it is none (then the job is only whom to tell)."""
     try:
         return parse_message(message.get("Body") or "", message["MessageId"]), None
     except InvalidMessageError as reason:
-        return Job(message["MessageId"]), str(reason)
+        return Job(reason.job_id or message["MessageId"], callback_url=reason.callback_url), str(reason)
 
 
 class Lease:

@@ -13,13 +13,14 @@ sent                 different jobs sent; some of them twice, with the same id
 succeeded            a receipt (result.json) says so, and it is true: see `falsely done`
 failed rightly       a job that cannot succeed has a receipt that says `failed`, with the right kind of error
 in DLQ rightly       a message in the dead-letter queue which kills every ComfyUI that runs it, or each of
-                     whose receives was interrupted by a fault
+                     whose receives was interrupted by a fault, lost, or on an instance that was leaving
 LOST                 neither a receipt nor a message in the dead-letter queue
 FALSELY DONE         a receipt says `succeeded`, but the job cannot succeed, the ledger has no success of it,
                      or a file that the receipt names is missing or empty in the bucket
 RECEIPTS CHANGED     written twice, or read at the end with other bytes than were first written
 UNEXPLAINED RE-RUNS  a second start in the ledger that no fault explains. Explained is one where a worker,
-                     its ComfyUI or its access to AWS was taken away while it held the message; or where the
+                     its ComfyUI or its access to AWS was taken away while it held the message (or the worker
+                     stood still for longer than its lease); or where the
                      job was sent twice and the second copy was received before the first one's receipt. Never
                      explained: a start on a message received after the receipt stood, and a second start in
                      one and the same ComfyUI process that had not interrupted the first, because a job that
@@ -78,6 +79,7 @@ JOBS_PER_FAULT = 10
 AWS_ERROR_SHARE = 0.05
 SPOT_NOTICE_S = 7.0  # two minutes in real life
 OUTAGE_S = 3.0
+FREEZE_S = 10.0  # longer than the lease
 NEVER = float("inf")
 SETTINGS = f"""
 MIN_INSTANCES=0
@@ -149,10 +151,11 @@ FAULTS = {
     "worker stopped": 3,
     "ComfyUI paused": 3,
     "AWS outage": 2,
+    "worker frozen": 2,
     "instance terminated": 2,
     "spot notice": 2,
 }
-INTERRUPTING = ("worker killed", "ComfyUI killed", "worker stopped", "AWS outage", "spot notice")
+INTERRUPTING = ("worker killed", "ComfyUI killed", "worker stopped", "AWS outage", "worker frozen", "spot notice")
 
 
 def plan_jobs(seed: int, count: int) -> list[Job]:
@@ -540,9 +543,14 @@ class Soak:
         return True
 
     def holders(self) -> set[str]:
-        """The instances whose latest message has no receipt yet."""
-        latest = {delivery.instance_id: delivery.message_id for delivery in self.cloud.deliveries[-100:]}
-        return {where for where, message in latest.items() if self.job_of.get(message) not in self.cloud.receipts}
+        """The instances whose latest message has no receipt yet, and which no fault has hit since."""
+        latest = {delivery.instance_id: delivery for delivery in self.cloud.deliveries[-100:]}
+        hit_at = {fault.instance_id: fault.at for fault in self.faults}
+        return {
+            where
+            for where, delivery in latest.items()
+            if self.job_of.get(delivery.message_id) not in self.cloud.receipts and delivery.at > hit_at.get(where, 0)
+        }
 
     def strike(self, fault: PlannedFault, machine: Machine, now: float) -> float:
         """Do it; returns when the fault is over."""
@@ -555,8 +563,10 @@ class Soak:
         elif fault.kind == "ComfyUI killed":
             comfyui.kill()
         elif fault.kind == "ComfyUI paused":
-            comfyui.send_signal(signal.SIGSTOP)
-            self.later.append((now + fault.seconds, lambda: comfyui.send_signal(signal.SIGCONT)))
+            self.freeze(comfyui, now + fault.seconds)
+        elif fault.kind == "worker frozen":
+            self.freeze(worker, now + FREEZE_S)
+            return now + FREEZE_S
         elif fault.kind == "sockets cut":
             with suppress(requests.RequestException):
                 requests.post(f"http://127.0.0.1:{machine.comfy_port}/standin/cut-sockets", timeout=2)
@@ -574,6 +584,11 @@ class Soak:
             self.later.append((now + SPOT_NOTICE_S, lambda: self.ec2.terminate_instances(InstanceIds=[instance_id])))
             return NEVER
         return now
+
+    def freeze(self, process: subprocess.Popen[bytes], until: float) -> None:
+        """Let the process stand still."""
+        process.send_signal(signal.SIGSTOP)
+        self.later.append((until, lambda: process.send_signal(signal.SIGCONT)))
 
     def end(self) -> None:
         """Let no process stay stopped, and let nothing disturb the end."""
@@ -736,9 +751,15 @@ class Audit:
         return min(faults, default=None)
 
     def was_interrupted(self, job: Job, message_id: str) -> bool:
-        """Whether a fault ended each receive of the message."""
+        """Whether a fault ended each receive of the message, or it came to an instance that was leaving already."""
+        leaving_at = {f.instance_id: f.at for f in self.soak.faults if f.kind == "instance terminated"}
         receives = [delivery for delivery in self.deliveries[job.id] if delivery.message_id == message_id]
-        return all(delivery.lost or self.interruption(job, delivery) for delivery in receives)
+        return all(
+            delivery.lost
+            or self.interruption(job, delivery)
+            or leaving_at.get(delivery.instance_id, NEVER) <= delivery.at
+            for delivery in receives
+        )
 
     def measure_recovery(self, job: Job) -> None:
         """How long a job that was interrupted took until its receipt: once for each receive."""
@@ -766,7 +787,7 @@ class Audit:
     def describe(self, job: Job) -> str:
         """All that is known of a job, in the order of time."""
         zero = self.soak.started
-        story = [(d.at, f"received by {d.instance_id}") for d in self.deliveries[job.id]]
+        story = [(d.at, f"{'lost' if d.lost else 'received'} by {d.instance_id}") for d in self.deliveries[job.id]]
         pids = self.soak.comfy_pids
         story += [(s.at, f"started by {pids.get(s.pid)}/{s.pid}: {s.ending}") for s in self.starts[job.id]]
         story += [(r.at, "receipt") for r in self.cloud.receipts.get(job.id, [])]

@@ -183,6 +183,16 @@ def test_what_is_no_job_is_refused_with_a_reason(body: str, said: str) -> None:
     assert len(str(error.value)) < 300
 
 
+def test_the_sender_of_what_is_no_job_hears_of_it() -> None:
+    body = {"prompt": {"nodes": [], "links": []}, "job_id": JOB_ID, "callback_url": "https://x/y"}
+    with pytest.raises(InvalidMessageError) as error:
+        parse_message(json.dumps(body), MESSAGE_ID)
+    assert (error.value.job_id, error.value.callback_url) == (JOB_ID, "https://x/y")
+    with pytest.raises(InvalidMessageError) as error:
+        parse_message(json.dumps(body | {"job_id": "../x", "callback_url": "file:///x"}), MESSAGE_ID)
+    assert (error.value.job_id, error.value.callback_url) == (None, None)
+
+
 def test_outputs_go_to_the_jobs_own_folder() -> None:
     assert own_outputs(WORKFLOW, JOB_ID)["1"]["inputs"]["filename_prefix"] == f"{JOB_ID}/x"
     assert WORKFLOW["1"]["inputs"] == {"filename_prefix": "x"}, "the original is left alone"
