@@ -813,6 +813,7 @@ def test_systemd_hears_that_the_worker_is_up_before_cloud_init_is_waited_for(mac
     calls = machine.state / "calls"
     await_true("cloud-init is waited for", lambda: calls.exists() and "cloud-init" in calls.read_text())
     await_true("systemd was told", lambda: "systemd-notify --ready" in calls.read_text())
+    (machine.state / "done").touch()
     process.terminate()
     process.wait(timeout=PATIENCE_SECONDS)
 
