@@ -266,7 +266,7 @@ start_comfyui() {
 tell_systemd() {
   [[ -n ${NOTIFY_SOCKET:-} ]] || return 0
   systemd-notify --ready
-  while sleep "$WATCHDOG_SECONDS"; do systemd-notify WATCHDOG=1; done >/dev/null 2>&1 &
+  while sleep "$WATCHDOG_SECONDS" && kill -0 $$; do systemd-notify WATCHDOG=1; done >/dev/null 2>&1 &
   TELLER=$!
 }
 

@@ -809,7 +809,7 @@ def test_a_waiting_worker_stops_at_once(machine: Machine) -> None:
 def test_systemd_hears_that_the_worker_is_up_before_cloud_init_is_waited_for(machine: Machine) -> None:
     machine.stub("systemd-notify", "")
     machine.stub("cloud-init", 'until [[ -e "$STATE/done" ]]; do sleep 0.05; done')
-    process = machine.start("comfy-manage", NOTIFY_SOCKET=str(machine.state / "nobody"))
+    process = machine.start("comfy-manage", NOTIFY_SOCKET=str(machine.state / "nobody"), WATCHDOG_SECONDS="0.1")
     calls = machine.state / "calls"
     await_true("cloud-init is waited for", lambda: calls.exists() and "cloud-init" in calls.read_text())
     await_true("systemd was told", lambda: "systemd-notify --ready" in calls.read_text())
