@@ -74,7 +74,7 @@ GROUP = "simple-comfy-soak-asg"
 SECRET = "the receiver knows it"
 INSTANCES = 3
 MAX_RECEIVES = 3
-IN_QUEUE_LIMIT = 50  # so many jobs wait at most; the rest is sent as these go
+IN_QUEUE_LIMIT = 50  # so many messages are on the way at most; the rest is sent as these go
 JOBS_PER_FAULT = 10
 AWS_ERROR_SHARE = 0.05
 SPOT_NOTICE_S = 7.0  # two minutes in real life
@@ -82,9 +82,6 @@ OUTAGE_S = 3.0
 FREEZE_S = 10.0  # longer than the lease
 NEVER = float("inf")
 SETTINGS = f"""
-MIN_INSTANCES=0
-MAX_INSTANCES={INSTANCES}
-SCALE_COOLDOWN=3600
 VISIBILITY_TIMEOUT=8
 MAX_RECEIVES={MAX_RECEIVES}
 STALL_TIMEOUT=8
@@ -440,8 +437,8 @@ class Soak:
         self.ledger.touch()
         base = self.folder / "base"
         make_base_folder(base)
-        with (base / "env").open("a") as env:
-            env.write(SETTINGS)
+        settings = (base / "env").read_text() + SETTINGS
+        (base / "env").write_text(re.sub("(?m)^SCALE_COOLDOWN=.*", "SCALE_COOLDOWN=3600", settings))
         self.s3.create_bucket(Bucket=BUCKET, CreateBucketConfiguration={"LocationConstraint": REGION})
         self.s3.put_object(Bucket=BUCKET, Key=f"models/checkpoints/{CHECKPOINT}", Body=b"weights")
         self.s3.put_object(Bucket=BUCKET, Key="input/broken.png", Body=b"no picture")
@@ -479,8 +476,9 @@ class Soak:
         next_look = next_word = 0.0
         while time.time() < self.started + self.limit_s:
             receipts = len(self.cloud.receipts)
-            while waiting and len(self.order) - len(waiting) < receipts + IN_QUEUE_LIMIT:
+            while waiting and self.left < IN_QUEUE_LIMIT:
                 self.send(waiting.pop(0))
+                self.left += 1
             for due in [item for item in self.later if item[0] <= time.time()]:
                 self.later.remove(due)
                 due[1]()
