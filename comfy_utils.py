@@ -132,11 +132,16 @@ def _read_env_file(path: Path) -> Iterator[tuple[str, str]]:
         raise SettingsError(f"there is no settings file {path}: copy env.example to it and fill it in") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"cannot read the settings file {path} ({error}): make it readable text") from None
-    lines = text.splitlines()
-    for number, line in enumerate(lines, 1):
-        if not (_LINE.fullmatch(line) or _IGNORED_LINE.fullmatch(line)):
+    seen: set[str] = set()
+    for number, line in enumerate(text.splitlines(), 1):
+        match = _LINE.fullmatch(line)
+        if match and match[1] in seen:
+            raise SettingsError(f"{path} line {number} sets {match[1]} a second time: take one of the lines out")
+        if match:
+            seen.add(match[1])
+        elif not _IGNORED_LINE.fullmatch(line):
             raise SettingsError(
-                f"{path} line {number} ({line.split('=')[0]}) is malformed: "
+                f"{path} line {number} ({line.partition('=')[0]}) is malformed: "
                 'write NAME=value or NAME="two words", where only ${NAME} expands'
             )
     for name, value in dotenv_values(stream=io.StringIO(text), interpolate=False).items():

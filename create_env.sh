@@ -54,6 +54,7 @@ report() {
 # a value is never printed, because it may be a secret.
 load_env() {
   local file=$1 line name value rest number=0
+  local -A seen=()
   local reference='\$\{([A-Z][A-Z0-9_]*)\}'
   local bare="([A-Za-z0-9_./:@%+,=-]|$reference)*"
   local quoted="\"([^\"\\\\\$\`]|$reference)*\""
@@ -64,6 +65,8 @@ load_env() {
     [[ $line =~ ^([A-Z][A-Z0-9_]*)=($bare|$quoted)[[:space:]]*$ ]] \
       || die "$file line $number (${line%%=*}) is malformed: write NAME=value or NAME=\"two words\", where only \${NAME} expands"
     name=${BASH_REMATCH[1]} value=${BASH_REMATCH[2]} rest=${BASH_REMATCH[2]}
+    [[ ! -v seen[$name] ]] || die "$file line $number sets $name a second time: take one of the lines out"
+    seen[$name]=yes
     [[ -v $name ]] && continue
     while [[ $rest =~ $reference ]]; do
       [[ -v ${BASH_REMATCH[1]} ]] || die "$file line $number ($name) uses \${${BASH_REMATCH[1]}}, which is not set: set it on a line above"

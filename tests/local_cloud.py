@@ -27,7 +27,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -92,6 +92,7 @@ class LocalCloud:
         """Tests set it: (service, operation) -> what to answer instead. S3 operations are HTTP methods."""
         self._base_folders: dict[str, Path] = {}
         self._lock = threading.RLock()
+        self._sqs_lock, self._s3_lock = threading.Lock(), threading.Lock()
         self._moto = DomainDispatcherApplication(create_backend_app)
         self._ended = threading.Event()
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -231,14 +232,20 @@ class LocalCloud:
         scope = re.search(r"Credential=([^/]+)/[0-9]+/[^/]+/(\w+)/", environ.get("HTTP_AUTHORIZATION", ""))
         who, service = scope.groups() if scope else ("", "")
         parameters = dict(parse_qsl(body.decode(errors="replace"))) if service != "s3" else {}
-        target = environ.get("HTTP_X_AMZ_TARGET", "").rpartition(".")[2]
-        action = parameters.get("Action") or target or environ["REQUEST_METHOD"]
+        target = environ.get("HTTP_X_AMZ_TARGET", "")
+        action = parameters.get("Action") or target.rpartition(".")[2] or environ["REQUEST_METHOD"]
         fault = self.fault(service, action) if who != FAULTLESS_KEY else None
         if fault is not None:
             return self._answer_fault(fault, start_response, json_protocol=bool(target))
         handler = getattr(self, f"_on_{service}_{action}", None)
         if handler is None:
-            return self._moto(environ, start_response)  # type: ignore[no-any-return]
+            if target == "AmazonSQS.ReceiveMessage":
+                body = self._await_message(json.loads(body), environ["werkzeug.socket"])
+                environ.update({"wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body))})
+            # Moto's SQS loses messages and its S3 overwrites objects when two calls come at the same moment.
+            lock = self._sqs_lock if service == "sqs" else self._s3_lock if "HTTP_IF_NONE_MATCH" in environ else None
+            with lock or nullcontext():
+                return [b"".join(self._moto(environ, start_response))]
 
         def pass_on() -> bytes:
             changed = urlencode(parameters).encode()
@@ -264,6 +271,18 @@ class LocalCloud:
             f"<ResponseMetadata><RequestId>local</RequestId></ResponseMetadata></{action}Response>"
         )
         return [text.encode()]
+
+    def _await_message(self, call: dict[str, Any], caller: socket.socket) -> bytes:
+        """Poll here for as long as the caller polls, so that moto, which is locked meanwhile, need not."""
+        limit = time.monotonic() + call.get("WaitTimeSeconds", 0)
+        queues = get_backend("sqs")[ACCOUNT_ID][REGION].queues
+        queue = queues.get(call["QueueUrl"].rpartition("/")[2])
+        while queue and not queue.messages and time.monotonic() < limit and not self._ended.is_set():
+            with suppress(BlockingIOError):
+                if not caller.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                    raise ConnectionAbortedError("the worker is gone: no message for it")
+            time.sleep(0.05)
+        return json.dumps(call | {"WaitTimeSeconds": 0}).encode()
 
     def _answer_fault(
         self, fault: Fault, start_response: Callable[..., Any], *, json_protocol: bool

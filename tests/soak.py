@@ -48,7 +48,6 @@ import os
 import random
 import re
 import signal
-import socket
 import statistics
 import subprocess
 import sys
@@ -57,7 +56,7 @@ import time
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -263,9 +262,7 @@ class Receipt(NamedTuple):
 class ChaosCloud(LocalCloud):
     """The local cloud, which fails some of the instances' calls and notes what they do.
 
-    An instance is known by its access key, which is its id; the soak's own calls are left in peace. Moto's
-    SQS loses messages and S3 overwrites objects when two calls come at the same moment, which AWS does not:
-    so these calls come one after another here.
+    An instance is known by its access key, which is its id; the soak's own calls are left in peace.
     """
 
     def __init__(self, folder: Path, seed: int) -> None:
@@ -278,7 +275,7 @@ class ChaosCloud(LocalCloud):
         self.calls = Counter[str]()
         self.errors = Counter[str]()
         self.error_times: dict[str, list[float]] = defaultdict(list)  # instance -> when a call of it failed
-        self._sqs_lock, self._s3_lock, self._count_lock = (threading.Lock() for _ in range(3))
+        self._count_lock = threading.Lock()
 
     def _boot(self, instance: Any) -> None:
         super()._boot(instance)
@@ -299,13 +296,9 @@ class ChaosCloud(LocalCloud):
         if error is not None and error.code != "answer lost":
             return self._answer_fault(error, start_response, json_protocol=bool(target))
 
-        if operation == "ReceiveMessage":
-            body = self._await_message(json.loads(body), environ["werkzeug.socket"])
-        environ |= {"wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body))}
+        environ["wsgi.input"] = io.BytesIO(body)
         answered: list[Any] = []
-        lock = self._sqs_lock if service == "sqs" else self._s3_lock if "HTTP_IF_NONE_MATCH" in environ else None
-        with lock or nullcontext():
-            answer = b"".join(super().__call__(environ, lambda *args: answered.append(args)))
+        answer = b"".join(super().__call__(environ, lambda *args: answered.append(args)))
         status, headers, *_ = answered[-1]
         if status.startswith("200"):
             self._note(instance_id, operation, environ["PATH_INFO"], headers, answer, lost=error is not None)
@@ -338,17 +331,6 @@ class ChaosCloud(LocalCloud):
             self.errors[kind] += 1
             self.error_times[instance_id].append(time.time())
         return kinds[kind]
-
-    def _await_message(self, call: dict[str, Any], caller: socket.socket) -> bytes:
-        """Poll here for as long as the caller polls, so that moto, which is locked meanwhile, need not."""
-        limit = time.monotonic() + call.get("WaitTimeSeconds", 0)
-        queue = get_backend("sqs")[ACCOUNT_ID][REGION].queues[call["QueueUrl"].rpartition("/")[2]]
-        while not queue.messages and time.monotonic() < limit and not self._ended.is_set():
-            with suppress(BlockingIOError):
-                if not caller.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
-                    raise ConnectionAbortedError("the worker is gone: no message for it")
-            time.sleep(0.05)
-        return json.dumps(call | {"WaitTimeSeconds": 0}).encode()
 
     def _note(self, instance_id: str, operation: str, path: str, headers: Any, answer: bytes, *, lost: bool) -> None:
         if operation == "ReceiveMessage":

@@ -112,6 +112,7 @@ def test_the_secret_is_never_shown(tmp_path: Path) -> None:
         ("PREFIX=$(id)", "malformed"),
         ("PREFIX=$HOME", "malformed"),
         ("PREFIX='x'", "malformed"),
+        ("PREFIX=a\nPREFIX=b", "sets PREFIX a second time"),
         ("SQS_NAME=${NOPE}-queue", "${NOPE}, which is not set"),
     ],
 )
@@ -122,6 +123,14 @@ def test_a_bad_line_is_refused_by_name(tmp_path: Path, line: str, said: str) -> 
         settings_of(tmp_path, rest + line + "\n")
     assert said in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_bash_refuses_a_second_line_too(tmp_path: Path) -> None:
+    (tmp_path / "env").write_text("PREFIX=a\n# PREFIX=c\nPREFIX=b\n")
+    script = f"source {ROOT}/create_env.sh; load_env {tmp_path}/env"
+    ran = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    assert ran.returncode == 1
+    assert "line 3 sets PREFIX a second time: take one of the lines out" in ran.stderr
 
 
 def test_a_missing_file_says_what_to_do(tmp_path: Path) -> None:

@@ -153,9 +153,9 @@ class Machine:
         (self.state / "disks.json").write_text(json.dumps(table))
 
     def settings(self, **values: str) -> None:
-        # Of two lines for one name the first wins.
-        lines = "".join(f'{name}="{value}"\n' for name, value in values.items())
-        (self.home / "env").write_text(lines + ENV_FILE)
+        lines = [f'{name}="{value}"' for name, value in values.items()]
+        lines += [line for line in ENV_FILE.splitlines() if line.partition("=")[0] not in values]
+        (self.home / "env").write_text("\n".join(lines) + "\n")
 
     def start(self, *words: str, **environ: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
