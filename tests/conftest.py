@@ -29,6 +29,15 @@ os.environ.setdefault("AWS_ACCESS_KEY_ID", "local")
 os.environ.setdefault("AWS_SECRET_ACCESS_KEY", "local")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Deal the slow tests evenly: each worker begins with its share of the list, so none of them begins last."""
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    dealt = [item for item in items if not item.get_closest_marker("slow")]
+    for number, item in enumerate(slow):
+        dealt.insert(number * len(items) // len(slow), item)
+    items[:] = dealt
+
+
 def await_that(what: str, condition: Callable[[], Any], limit_s: float = LIMIT_S) -> Any:
     """Wait until the condition holds and return its value."""
     deadline = time.monotonic() + limit_s

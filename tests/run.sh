@@ -27,4 +27,4 @@ shfmt -i 2 -ci -bn -d "${scripts[@]}"
 ruff check --quiet .
 ruff format --quiet --check .
 mypy ./*.py tests/*.py
-exec pytest --numprocesses 4 --dist loadgroup --quiet "$@"
+exec pytest --numprocesses 5 --dist worksteal --quiet "$@"

@@ -40,6 +40,7 @@ class Story:
 STOPPED, COMPLETED, AGAIN, CHANGED = range(4)
 
 
+@pytest.mark.slow
 def test_an_environment_is_made_completed_left_alone_and_changed(bundle: Bundle, aws: Aws) -> None:
     """One test, because each run of the script takes seconds: the checks below look at what the runs left."""
     story = Story(aws.make_base(looks_until_available=2))

@@ -67,6 +67,7 @@ def instance_states(aws: Aws) -> list[tuple[bool, str]]:
     )
 
 
+@pytest.mark.slow
 def test_everything_of_the_environment_goes_and_nothing_else(bundle: Bundle, aws: Aws) -> None:
     make_environment(aws, "pro")
     make_environment(aws, "test")

@@ -21,10 +21,9 @@ from soak import Audit, Delivery, Done, Job, Receipt
 
 TESTS = Path(__file__).resolve().parent
 LIMIT_S = 500
-# A group of many tests is started early, so that the longest one does not begin last.
-pytestmark = pytest.mark.xdist_group("soak")
 
 
+@pytest.mark.slow
 def test_300_jobs_survive_the_faults() -> None:
     run = subprocess.run(
         [sys.executable, TESTS / "soak.py", "300", "1"], capture_output=True, text=True, timeout=LIMIT_S, check=False
@@ -37,6 +36,7 @@ def test_300_jobs_survive_the_faults() -> None:
     assert sum(int(count[1]) for count in counted if count) == 300, told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_everything_it_started(number: signal.Signals, tmp_path: Path) -> None:
     environment = os.environ | {"TMPDIR": str(tmp_path)}
