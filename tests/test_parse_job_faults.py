@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from botocore.exceptions import ClientError
 from conftest import LIMIT_S, Site, await_that, group_of, image_workflow
 from local_cloud import Fault, LocalCloud, Machine
@@ -84,6 +85,15 @@ def test_files_without_an_entry_in_the_history_are_stored(
         (None, f"output/{job_id}/loras/x.safetensors")
     ]
     assert site.keys(f"output/{job_id}/") == [f"output/{job_id}/loras/x.safetensors"]
+
+
+def test_a_job_outlives_its_socket(busy_site: Site) -> None:
+    job_id = busy_site.send(image_workflow(3))
+    await_that("the job runs", lambda: busy_site.runs(job_id))
+    requests.post(f"http://127.0.0.1:{busy_site.port}/standin/cut-sockets", timeout=LIMIT_S).raise_for_status()
+    result = busy_site.await_result(job_id)
+    assert (result["status"], result["attempt"]) == ("succeeded", 1)
+    assert busy_site.runs(job_id) == 1
 
 
 def test_a_dead_executor_is_restarted_and_the_job_run_again(make_site: Callable[..., Site]) -> None:
