@@ -489,12 +489,14 @@ class ComfyUI:
         stall_s: float = math.inf,
         on_progress: Callable[[dict[str, Any]], None] = lambda _: None,
         should_stop: Callable[[], bool] = lambda: False,
+        before_submit: Callable[[], None] = lambda: None,
         again: bool = False,
     ) -> Finished:
         """Run a workflow to its end and return its history entry.
 
         A job with this id that the server already has is adopted, not run twice, unless `again` says
-        that its end is known and it is to run once more. `should_stop` is asked every second. Raises
+        that its end is known and it is to run once more; otherwise `before_submit` is called, and the job
+        submitted. `should_stop` is asked every second. Raises
         WorkflowRefusedError, ComfyGoneError, ComfyStalledError (no event for `stall_s` while it is said
         to run), JobTimeoutError and JobStoppedError (both after interrupting the job).
         """
@@ -502,6 +504,7 @@ class ComfyUI:
         node_errors: dict[str, Any] = {}
         try:
             if again or not self._has(prompt_id):
+                before_submit()
                 client_id = new_job_id()  # a fresh one: the server may forget a second socket of the same id
                 watch.socket = self._connect(client_id)
                 with suppress(ComfySlowError):  # whether it was accepted, history and queue will tell

@@ -78,7 +78,8 @@ def on_job_done(result: Result) -> None:
     """Called once a job's result is stored and its callback was accepted, before the message is deleted.
 
     `result` is what stands in result.json. It may be called again for the same job when the worker
-    dies right here. An exception is logged and changes nothing for the job.
+    dies right here, and for several jobs at the same time, since callbacks run beside the next job. An
+    exception is logged and changes nothing for the job.
     """
 
 
@@ -388,6 +389,7 @@ class Worker:
                         stall_s=self.settings.stall_timeout_s,
                         on_progress=progress.note,
                         should_stop=self.should_stop,
+                        before_submit=lambda: self.remove_local_files(job.id),  # an earlier try's, cut short
                         again=again,
                     )
                 except JobTimeoutError:
@@ -572,7 +574,7 @@ class Worker:
             raise
 
     def remove_local_files(self, job_id: str) -> None:
-        """Free the instance's disk of a job whose files are in the bucket."""
+        """Free the instance's disk of a job's files: they are in the bucket, or of no use."""
         if self.settings.env == "base":
             return  # there the output folder is the bucket itself
         folder = self.settings.output_dir / job_id

@@ -317,8 +317,10 @@ def test_comfyui_dies_and_the_job_is_run_again(make_site: Callable[..., Site]) -
     site = make_site()
     comfyui = site.start_comfyui()
     site.start_worker()
-    job_id = site.send(image_workflow(4))
-    await_that("the job runs", lambda: site.runs(job_id))
+    early = {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "early"}}
+    job_id = site.send(image_workflow(4, {"4": early}))
+    saved = site.folder / "job-output" / job_id / "early_00001_.png"
+    await_that("a file is saved", saved.exists)
     comfyui.kill()
     comfyui.wait()
     await_that("the worker noticed", lambda: "is put back" in site.log())
@@ -326,6 +328,8 @@ def test_comfyui_dies_and_the_job_is_run_again(make_site: Callable[..., Site]) -
     site.start_comfyui()
     result = site.await_result(job_id)
     assert (result["status"], result["attempt"]) == ("succeeded", 2)
+    files = sorted(output["filename"] for output in result["outputs"])
+    assert files == ["early_00001_.png", "x_00001_.png"], "nothing of the try that was cut short"
 
 
 def test_a_job_that_kills_comfyui_each_time_ends_in_the_dead_letter_queue(make_site: Callable[..., Site]) -> None:
