@@ -489,27 +489,33 @@ class ComfyUI:
         stall_s: float = math.inf,
         on_progress: Callable[[dict[str, Any]], None] = lambda _: None,
         should_stop: Callable[[], bool] = lambda: False,
-        before_submit: Callable[[], None] = lambda: None,
+        before_first_submit: Callable[[], None] = lambda: None,
         again: bool = False,
     ) -> Finished:
         """Run a workflow to its end and return its history entry.
 
         A job with this id that the server already has is adopted, not run twice, unless `again` says
-        that its end is known and it is to run once more; otherwise `before_submit` is called, and the job
-        submitted. `should_stop` is asked every second. Raises
-        WorkflowRefusedError, ComfyGoneError, ComfyStalledError (no event for `stall_s` while it is said
-        to run), JobTimeoutError and JobStoppedError (both after interrupting the job).
+        that its end is known and it is to run once more. One that was interrupted before we came had been
+        given back to be run again, and is. `before_first_submit` is called where the server knows nothing of
+        the job, so that nothing in its cache names a file of an earlier try. `should_stop` is asked every
+        second. Raises WorkflowRefusedError, ComfyGoneError, ComfyStalledError (no event for `stall_s` while
+        it is said to run), JobTimeoutError and JobStoppedError (both after interrupting the job).
         """
         watch = _Watch(prompt_id, timeout_s, stall_s, on_progress, should_stop)
         node_errors: dict[str, Any] = {}
         try:
-            if again or not self._has(prompt_id):
-                before_submit()
+            known = again or self.history(prompt_id) is not None or self.place(prompt_id) is not None
+            entry = self._await_end(watch) if known and not again else None
+            if not known:
+                before_first_submit()
+            if entry is None or _is_interrupted(entry):
                 client_id = new_job_id()  # a fresh one: the server may forget a second socket of the same id
                 watch.socket = self._connect(client_id)
                 with suppress(ComfySlowError):  # whether it was accepted, history and queue will tell
                     watch.number, node_errors = self._submit(workflow, prompt_id, client_id)
-            entry = self._await_end(watch)
+                entry = self._await_end(watch)
+                if watch.number is None and _is_interrupted(entry):
+                    raise ComfyGoneError(f"ComfyUI on {self.address} has not taken the job")
         except (JobTimeoutError, JobStoppedError):
             self.cancel(prompt_id)
             raise
@@ -553,13 +559,6 @@ class ComfyUI:
                 for chunk in answer.iter_content(1 << 20):
                     out.write(chunk)
 
-    def _has(self, prompt_id: str) -> bool:
-        # Someone who interrupted a job gave it back to be run again: that is not its end.
-        entry = self.history(prompt_id)
-        if entry is not None and (error_of(entry) or {}).get("kind") != "interrupted":
-            return True
-        return self.place(prompt_id) is not None
-
     def _submit(self, workflow: Workflow, prompt_id: str, client_id: str) -> tuple[Any, dict[str, Any]]:
         body = {"prompt": workflow, "prompt_id": prompt_id, "client_id": client_id}
         answer = self._call("POST", "/prompt", body, timeout_s=60)
@@ -570,6 +569,8 @@ class ComfyUI:
             return accepted["number"], accepted.get("node_errors") or {}
         if answer.status_code == 400:
             raise WorkflowRefusedError(refusal_of(answer.json()))
+        if answer.status_code > 500:
+            raise ComfyGoneError(f"ComfyUI on {self.address} answered HTTP {answer.status_code}")
         message = f"ComfyUI answered HTTP {answer.status_code} to this workflow: export it with Save (API Format)"
         raise WorkflowRefusedError(job_error("invalid_workflow", message, detail=answer.text[:4096]))
 
@@ -731,6 +732,10 @@ class _Watch:
                 self.error_event = (
                     f"node {data.get('node_id')} {data.get('node_type')}: {data.get('exception_message')}"
                 )
+
+
+def _is_interrupted(entry: Mapping[str, Any]) -> bool:
+    return (error_of(entry) or {}).get("kind") == "interrupted"
 
 
 def error_of(entry: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -389,7 +389,7 @@ class Worker:
                         stall_s=self.settings.stall_timeout_s,
                         on_progress=progress.note,
                         should_stop=self.should_stop,
-                        before_submit=lambda: self.remove_local_files(job.id),  # an earlier try's, cut short
+                        before_first_submit=lambda: self.remove_local_files(job.id),  # of a try cut short
                         again=again,
                     )
                 except JobTimeoutError:

@@ -82,6 +82,7 @@ class Site:
         }
         (folder / "env").write_text("".join(f"{name}={value}\n" for name, value in lines.items()))
         self.processes: list[subprocess.Popen[bytes]] = []
+        self.variables: dict[str, str] = {}  # more of its processes' environment
         self.ended = threading.Event()
         self.metadata_endpoint = "http://127.0.0.1:9"
 
@@ -96,6 +97,7 @@ class Site:
             "STANDIN_STEP_SECONDS": "0.01",
             "STANDIN_LEDGER": str(self.ledger),
             "LOCAL_INSTANCE_DIR": str(self.folder),  # for the stand-in of systemctl
+            **self.variables,
         }
 
     def start_comfyui(self) -> subprocess.Popen[bytes]:

@@ -313,6 +313,22 @@ def test_an_interrupted_job_is_run_again_not_called_done(make_site: Callable[...
     assert site.runs(job_id, "success") == 1
 
 
+def test_an_interrupt_that_takes_effect_later_is_no_end_either(make_site: Callable[..., Site]) -> None:
+    site = make_site()
+    site.variables["STANDIN_NODE_SECONDS"] = "6"  # so long each ImageBlur hears of no interrupt
+    site.start_comfyui()
+    worker = site.start_worker()
+    blur = {"class_type": "ImageBlur", "inputs": {"image": ["1", 0], "blur_radius": 1, "sigma": 1.0}}
+    save = {"class_type": "SaveImage", "inputs": {"images": ["4", 0], "filename_prefix": "y"}}
+    job_id = site.send(image_workflow(0, {"4": blur, "5": save}))
+    await_that("the job runs", lambda: site.runs(job_id))
+    worker.terminate()
+    worker.wait(LIMIT_S)
+    site.start_worker()
+    result = site.await_result(job_id)
+    assert (result["status"], result["attempt"]) == ("succeeded", 2)
+
+
 def test_comfyui_dies_and_the_job_is_run_again(make_site: Callable[..., Site]) -> None:
     site = make_site()
     comfyui = site.start_comfyui()
