@@ -132,6 +132,12 @@ def test_what_is_no_job_fails_under_its_message_id(busy_site: Site, body: str) -
     busy_site.await_empty_queue()
 
 
+def test_a_malformed_message_with_a_good_id_fails_under_that(busy_site: Site) -> None:
+    job_id = new_job_id()
+    busy_site.send({"prompt": {"nodes": [], "links": []}, "job_id": job_id})
+    assert busy_site.await_result(job_id)["error"]["kind"] == "invalid_message"
+
+
 def test_a_prefix_that_climbs_is_refused(busy_site: Site) -> None:
     workflow = image_workflow()
     workflow["3"]["inputs"]["filename_prefix"] = "../../../x"
