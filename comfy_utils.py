@@ -353,11 +353,11 @@ def error_code(error: Exception) -> str:
 
     "" for any other error.
     """
-    for candidate in (error, error.__context__):
-        response = getattr(candidate, "response", None)
-        if isinstance(response, dict):
-            return str(response.get("Error", {}).get("Code", ""))
-    return ""
+    from boto3.exceptions import S3UploadFailedError
+
+    cause = error.__context__ if isinstance(error, S3UploadFailedError) else error
+    response = getattr(cause, "response", None)
+    return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
 
 
 class QueueDepth(NamedTuple):

@@ -377,7 +377,7 @@ class Worker:
 
     def run_workflow(self, job: Job) -> Finished:
         """Run the workflow in ComfyUI; out of memory is tried once more on freed memory."""
-        workflow = own_outputs(job.workflow or self.fetch_workflow(job), job.id)
+        workflow = own_outputs(job.workflow or self.insist(lambda: self.fetch_workflow(job)), job.id)
         progress = Progress(workflow, job.id, self.instance_id)
         with every(PROGRESS_S, lambda: self.store_progress(progress)):
             for again in (False, True):

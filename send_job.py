@@ -186,13 +186,10 @@ def _like(old: Any, text: str, target: str) -> Any:
         new = json.loads(text)
     except ValueError:
         new = text
-    if isinstance(old, bool) != isinstance(new, bool) and isinstance(old, bool):
-        raise InvalidWorkflowError(f"--set {target}={text}: the input is true or false")
-    if (
-        isinstance(old, int | float)
-        and (isinstance(new, bool) or not isinstance(new, int | float))
-        and not isinstance(old, bool)
-    ):
+    if isinstance(old, bool):
+        if not isinstance(new, bool):
+            raise InvalidWorkflowError(f"--set {target}={text}: the input is true or false")
+    elif isinstance(old, int | float) and (isinstance(new, bool) or not isinstance(new, int | float)):
         raise InvalidWorkflowError(f"--set {target}={text}: the input is a number, such as {old}")
     return new
 

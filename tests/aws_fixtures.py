@@ -282,22 +282,17 @@ class Bundle:
 
     def run(self, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """Run a script of the bundle, with no terminal."""
-        return subprocess.run(
-            [str(self.folder / command[0]), *command[1:]],
-            env=self.aws.environment() | environment,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=CALL_LIMIT_S,
-            check=False,
-        )
+        return self._run([str(self.folder / command[0]), *command[1:]], environment)
 
     def run_function(
         self, shell: str, script: str = "create_env.sh", **environment: str
     ) -> subprocess.CompletedProcess[str]:
         """Source a script and run `shell` in it, as environment pro."""
+        return self._run(["bash", "-c", f"source {self.folder}/{script}; choose_env pro; {shell}"], environment)
+
+    def _run(self, command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            ["bash", "-c", f"source {self.folder}/{script}; choose_env pro; {shell}"],
+            command,
             env=self.aws.environment() | environment,
             stdin=subprocess.DEVNULL,
             capture_output=True,

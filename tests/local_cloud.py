@@ -1,13 +1,10 @@
-#!/usr/bin/env python3
 """The local cloud: one machine plays AWS, so that the real scripts run unchanged against it.
 
-    local_cloud.py FOLDER
-
-serves until SIGTERM and writes FOLDER/cloud.env (shell exports) once it is ready. Moto's server plays
-S3, SQS, EC2, IAM, CloudWatch and the Auto Scaling API. Added here is what moto lacks: group limits,
-lifecycle states and hooks, an instance metadata service per instance, and "instances": process groups
-that run the launch template's user data and the systemd units' commands in a copy of the base folder.
-Everything listens on loopback, and everything started is ended with it.
+`LocalCloud` is what demo, tests and soak start inside their own process. Moto's server plays S3, SQS, EC2,
+IAM, CloudWatch and the Auto Scaling API. Added here is what moto lacks: group limits, lifecycle states and
+hooks, an instance metadata service per instance, and "instances": process groups that run the launch
+template's user data and the systemd units' commands in a copy of the base folder. Everything listens on
+loopback, and everything started is ended with it.
 """
 
 from __future__ import annotations
@@ -23,7 +20,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -81,10 +77,9 @@ class Termination:
 class LocalCloud:
     """AWS on loopback. `with LocalCloud(folder) as cloud:` starts it and ends everything it started."""
 
-    def __init__(self, folder: Path, *, boot_s: float = 0.0, restart_s: float | None = None) -> None:
-        """`boot_s` delays each instance's boot; `restart_s` stands for the units' own RestartSec."""
+    def __init__(self, folder: Path, *, restart_s: float | None = None) -> None:
+        """`restart_s` stands for the units' own RestartSec."""
         self.folder = folder.resolve()
-        self.boot_s = boot_s
         self.restart_s = restart_s
         self.machines: dict[str, Machine] = {}
         self.terminations: dict[str, Termination] = {}
@@ -114,7 +109,7 @@ class LocalCloud:
         """Variables that make the CLI and boto3 use this cloud, and nothing else."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
-            "AWS_EC2_METADATA_SERVICE_ENDPOINT": f"{self.endpoint}/_local/no-metadata",
+            "AWS_EC2_METADATA_SERVICE_ENDPOINT": "http://127.0.0.1:9",
             "AWS_ACCESS_KEY_ID": "local",
             "AWS_SECRET_ACCESS_KEY": "local",
             "AWS_DEFAULT_REGION": REGION,
@@ -209,7 +204,7 @@ class LocalCloud:
         user_data = instance.user_data.decode() if instance.user_data else ""
         machine = Machine(self, instance.id, self.folder / "instances" / instance.id)
         self.machines[instance.id] = machine
-        machine.boot(self.folder / "images" / instance.image_id, user_data, self.boot_s)
+        machine.boot(self.folder / "images" / instance.image_id, user_data)
 
     def _autoscaling(self) -> Any:
         return get_backend("autoscaling")[ACCOUNT_ID][REGION]
@@ -224,9 +219,6 @@ class LocalCloud:
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         """The WSGI application: ours first, then moto's."""
-        path = environ.get("PATH_INFO", "")
-        if path.startswith("/_local/"):
-            return self._serve_local(environ, start_response)
         body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
         environ["wsgi.input"] = io.BytesIO(body)
         scope = re.search(r"Credential=([^/]+)/[0-9]+/[^/]+/(\w+)/", environ.get("HTTP_AUTHORIZATION", ""))
@@ -483,21 +475,6 @@ class LocalCloud:
 
         threading.Thread(target=end, daemon=True).start()
 
-    # --- For demo and tests -------------------------------------------------------------------------------
-
-    def _serve_local(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        """POST /_local/base?FOLDER makes the base machine; GET /_local/machines lists the instances."""
-        path = environ["PATH_INFO"]
-        answer: dict[str, Any] | None = None
-        if path == "/_local/base":
-            machine = self.make_base(Path(environ["QUERY_STRING"]))
-            answer = {"instance_id": machine.instance_id, "metadata": machine.metadata_endpoint}
-        elif path == "/_local/machines":
-            with self._lock:
-                answer = {machine.instance_id: machine.state() for machine in self.machines.values()}
-        start_response("200 OK" if answer is not None else "404 Not Found", [("Content-Type", "application/json")])
-        return [json.dumps(answer).encode()]
-
 
 class Machine:
     """One EC2 instance: a folder, a metadata service, and the services its units name."""
@@ -550,13 +527,13 @@ class Machine:
             "LOCAL_INSTANCE_DIR": str(self.side),
         }
 
-    def boot(self, image: Path, user_data: str, boot_s: float) -> None:
+    def boot(self, image: Path, user_data: str) -> None:
         """Start as a machine does: disk from the image, then cloud-init and the services side by side."""
         self.metadata["autoscaling/target-lifecycle-state"] = "InService"
 
         def start() -> None:
             # An image that was not made of a base folder has nothing to run.
-            if self.off.wait(boot_s) or not image.is_dir():
+            if self.off.is_set() or not image.is_dir():
                 return
             shutil.copytree(image, self.folder, symlinks=True)
             self.booted = True
@@ -673,27 +650,3 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def main() -> int:
-    """Serve until SIGTERM or SIGINT."""
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        print("usage: local_cloud.py FOLDER", file=sys.stderr)
-        return 2
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
-    ended = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: ended.set())
-    with LocalCloud(Path(sys.argv[1])) as cloud:
-        exports = "".join(f"export {name}={shlex.quote(value)}\n" for name, value in cloud.environment().items())
-        ready = cloud.folder / "cloud.env"
-        ready.with_suffix(".tmp").write_text(exports, encoding="utf-8")
-        ready.with_suffix(".tmp").rename(ready)
-        while not ended.wait(1):
-            if os.getppid() == 1:
-                break  # whoever started us is gone
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
