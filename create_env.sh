@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 #
 # Makes an environment from the base machine, or brings one up to date: image, launch template,
-# Auto Scaling group, bucket and queues.
+# Auto Scaling group, alarm, bucket and queues.
 #
 # Usage: ./create_env.sh NAME [INSTANCE_ID] [--reboot] [--with-output]
 #
@@ -26,6 +26,8 @@ LIFECYCLE_SECONDS=300
 RETENTION_SECONDS=1209600 # 14 days, the longest a queue allows
 MESSAGE_BYTES=1048576     # the largest message a queue allows
 LONG_POLL_SECONDS=20
+# While the first instance boots, and until the metrics show it, the alarm adds no second one.
+WARMUP_SECONDS=300
 
 # How long to wait for AWS, and how long between two looks.
 IMAGE_WAIT_SECONDS=${IMAGE_WAIT_SECONDS:-7200}
@@ -90,6 +92,9 @@ read_settings() {
   : "${SQS_NAME:=$PREFIX-$ENV-queue}"
   : "${ASG_NAME:=$PREFIX-$ENV-asg}"
   : "${INSTANCE_TYPE:=g5.2xlarge}"
+  : "${INSTANCE_TYPES:=}"
+  : "${SPOT_PERCENT:=0}"
+  : "${WARM_POOL:=0}"
   : "${MIN_INSTANCES:=0}"
   : "${MAX_INSTANCES:=20}"
   : "${COMFY_HOME:=/home/ubuntu/comfy}"
@@ -131,6 +136,7 @@ choose_env() {
 
   DLQ_NAME=$SQS_NAME-dlq
   TEMPLATE_NAME=$ASG_NAME-template
+  ALARM_NAME=$ASG_NAME-first-instance # its scaling policy too
   # AWS_REGION too: AWS CLI v2 prefers it.
   export AWS_DEFAULT_REGION=$REGION AWS_REGION=$REGION AWS_RETRY_MODE=standard AWS_PAGER=""
 }
@@ -148,10 +154,33 @@ check_fleet_settings() {
   check_number MIN_INSTANCES 0 "$MAX_INSTANCES"
   check_number VISIBILITY_TIMEOUT 3 43200
   check_number MAX_RECEIVES 1 1000
-  [[ $INSTANCE_TYPE =~ ^[a-z0-9-]+\.[a-z0-9-]+$ ]] \
-    || die "INSTANCE_TYPE is '$INSTANCE_TYPE': set it in $HERE/env to an EC2 instance type, such as g5.2xlarge"
+  check_number SPOT_PERCENT 0 100
+  check_number WARM_POOL 0 "$MAX_INSTANCES"
+  ((WARM_POOL == 0 || SPOT_PERCENT == 0)) \
+    || die "WARM_POOL is $WARM_POOL and SPOT_PERCENT is $SPOT_PERCENT, but AWS keeps no Spot instances in a warm pool: set one of them in $HERE/env to 0"
+  choose_types
   [[ $COMFY_HOME == /* ]] \
     || die "COMFY_HOME is '$COMFY_HOME': set it in $HERE/env to a folder on the base machine, starting with /"
+}
+
+# choose_types: sets TYPES, which is empty where the group has the launch template's one type.
+choose_types() {
+  local type pattern='^[a-z0-9-]+\.[a-z0-9-]+$'
+  local -A seen=()
+  [[ $INSTANCE_TYPE =~ $pattern ]] \
+    || die "INSTANCE_TYPE is '$INSTANCE_TYPE': set it in $HERE/env to an EC2 instance type, such as g5.2xlarge"
+  read -r -a TYPES <<<"$INSTANCE_TYPES"
+  ((${#TYPES[@]} <= 40)) \
+    || die "INSTANCE_TYPES has ${#TYPES[@]} types and AWS allows 40: take some out in $HERE/env"
+  for type in "${TYPES[@]}"; do
+    [[ $type =~ $pattern ]] \
+      || die "INSTANCE_TYPES has '$type': set it in $HERE/env to EC2 instance types, such as \"g5.2xlarge g6.2xlarge\""
+    [[ ! -v seen[$type] ]] || die "INSTANCE_TYPES has $type twice: take one out in $HERE/env"
+    seen[$type]=yes
+  done
+  if ((${#TYPES[@]} == 0 && SPOT_PERCENT > 0)); then
+    TYPES=("$INSTANCE_TYPE")
+  fi
 }
 
 # --- AWS calls -------------------------------------------------------------------------------
@@ -532,22 +561,57 @@ ensure_template() {
 
 # --- Group -----------------------------------------------------------------------------------
 
+# choose_launch: sets LAUNCH, the options that say what the group launches, and LAUNCHES, how
+# ensure_group sees it. $Default, not $Latest: a version counts only once it was made the default,
+# which is also how to go back to an older one.
+choose_launch() {
+  local type types="" on_demand=$((100 - SPOT_PERCENT)) spot=price-capacity-optimized
+  LAUNCHES="$TEMPLATE_NAME:\$Default"
+  if ((${#TYPES[@]} == 0)); then
+    LAUNCH=(--launch-template "LaunchTemplateName=$TEMPLATE_NAME,Version=\$Default")
+    return
+  fi
+  for type in "${TYPES[@]}"; do
+    types+=",{\"InstanceType\":\"$type\"}"
+  done
+  LAUNCHES+=" ${TYPES[*]} prioritized 0 $on_demand $spot"
+  LAUNCH=(--mixed-instances-policy "{
+    \"LaunchTemplate\": {
+      \"LaunchTemplateSpecification\": {\"LaunchTemplateName\": \"$TEMPLATE_NAME\", \"Version\": \"\$Default\"},
+      \"Overrides\": [${types#,}]
+    },
+    \"InstancesDistribution\": {
+      \"OnDemandAllocationStrategy\": \"prioritized\",
+      \"OnDemandBaseCapacity\": 0,
+      \"OnDemandPercentageAboveBaseCapacity\": $on_demand,
+      \"SpotAllocationStrategy\": \"$spot\"
+    }
+  }")
+}
+
 # ensure_group: sets INSTANCES, the capacity the group is to have now.
 ensure_group() {
-  local answer min max subnets template protected suspended status state="already there" most=$MAX_INSTANCES
-  # $Default, not $Latest: a version counts only once it was made the default, which is also how to
-  # go back to an older one.
-  local launch="LaunchTemplateName=$TEMPLATE_NAME,Version=\$Default"
+  local answer min max subnets launches protected suspended metric pool status state="already there" most=$MAX_INSTANCES
+  choose_launch
   answer=$(ask_aws "look at the group $ASG_NAME" autoscaling describe-auto-scaling-groups \
     --auto-scaling-group-names "$ASG_NAME" \
     --query "AutoScalingGroups[0].[MinSize, MaxSize, DesiredCapacity, VPCZoneIdentifier || 'None',
-      LaunchTemplate.join(':', [LaunchTemplateName, Version]), NewInstancesProtectedFromScaleIn,
-      SuspendedProcesses[?ProcessName=='AZRebalance'].ProcessName | [0], Status]" \
+      MixedInstancesPolicy && MixedInstancesPolicy.join(' ', [
+          LaunchTemplate.LaunchTemplateSpecification.join(':', [LaunchTemplateName, to_string(Version)]),
+          join(' ', LaunchTemplate.Overrides[].InstanceType),
+          InstancesDistribution.join(' ', [OnDemandAllocationStrategy, to_string(OnDemandBaseCapacity),
+            to_string(OnDemandPercentageAboveBaseCapacity), SpotAllocationStrategy])])
+        || LaunchTemplate && LaunchTemplate.join(':', [LaunchTemplateName, to_string(Version)]),
+      NewInstancesProtectedFromScaleIn, SuspendedProcesses[?ProcessName=='AZRebalance'].ProcessName | [0],
+      EnabledMetrics[?Metric=='GroupDesiredCapacity'].Metric | [0],
+      WarmPoolConfiguration && WarmPoolConfiguration.join(' ', [to_string(MinSize),
+        to_string(MaxGroupPreparedCapacity), PoolState, not_null(Status, 'Kept')]),
+      Status]" \
     --output text)
-  IFS=$'\t' read -r min max INSTANCES subnets template protected suspended status <<<"$answer"
+  IFS=$'\t' read -r min max INSTANCES subnets launches protected suspended metric pool status <<<"$answer"
   if [[ $min == None ]]; then
-    create_group "$launch"
-    INSTANCES=$MIN_INSTANCES suspended=None state=created
+    create_group
+    INSTANCES=$MIN_INSTANCES suspended=None metric=None pool=None state=created
   elif [[ $status == Delete* ]]; then
     die "the group $ASG_NAME is being deleted: wait until ./delete_env.sh $ENV has ended, then run this again"
   else
@@ -556,11 +620,15 @@ ensure_group() {
       most=$INSTANCES
       report group "$ASG_NAME" "$INSTANCES instances are wanted: maximum $MAX_INSTANCES cannot be set yet, run this again later"
     fi
-    if [[ $min/$max/$template/$protected != "$MIN_INSTANCES/$most/$TEMPLATE_NAME:\$Default/True" ||
+    # AWS refuses Spot instances to a group that has a warm pool.
+    if ((WARM_POOL == 0)) && [[ $pool == *Kept ]]; then
+      delete_pool
+    fi
+    if [[ $min/$max/$launches/$protected != "$MIN_INSTANCES/$most/$LAUNCHES/True" ||
       $(sorted "$subnets") != "$(sorted "$SUBNETS")" ]]; then
       run_aws "change the group $ASG_NAME" autoscaling update-auto-scaling-group \
         --auto-scaling-group-name "$ASG_NAME" \
-        --launch-template "$launch" \
+        "${LAUNCH[@]}" \
         --min-size "$MIN_INSTANCES" \
         --max-size "$most" \
         --vpc-zone-identifier "$SUBNETS" \
@@ -584,15 +652,53 @@ ensure_group() {
       --scaling-processes AZRebalance
     [[ $state == created ]] || state=updated
   fi
+  # Without its metrics the alarm does not know that nobody is there.
+  if [[ $metric == None ]]; then
+    run_aws "switch on the metrics of the group $ASG_NAME" autoscaling enable-metrics-collection \
+      --auto-scaling-group-name "$ASG_NAME" \
+      --granularity 1Minute \
+      --metrics GroupDesiredCapacity GroupInServiceInstances GroupPendingInstances GroupTotalInstances
+    [[ $state == created ]] || state=updated
+  fi
   report group "$ASG_NAME" "$state"
+  ((WARM_POOL == 0)) || ensure_pool "$pool"
 }
 
-# create_group LAUNCH_TEMPLATE: with its hook, so that no instance can ever end without it.
+# ensure_pool POOL: POOL is how ensure_group has found it.
+ensure_pool() {
+  local pool=$1
+  if [[ $pool == "$WARM_POOL $WARM_POOL Stopped Kept" ]]; then
+    report pool "$ASG_NAME" "already there"
+    return
+  fi
+  # Its instances are started at once, to be stopped when they have booted.
+  [[ $IMAGE_STATE != pending ]] || wait_for_image
+  # The size is fixed, whatever the desired capacity, only where both numbers are the same.
+  run_aws "keep a warm pool of $WARM_POOL in the group $ASG_NAME" autoscaling put-warm-pool \
+    --auto-scaling-group-name "$ASG_NAME" \
+    --pool-state Stopped \
+    --min-size "$WARM_POOL" \
+    --max-group-prepared-capacity "$WARM_POOL"
+  if [[ $pool == None ]]; then
+    report pool "$ASG_NAME" created
+  else
+    report pool "$ASG_NAME" updated
+  fi
+}
+
+delete_pool() {
+  run_aws "remove the warm pool of $ASG_NAME" autoscaling delete-warm-pool \
+    --auto-scaling-group-name "$ASG_NAME" \
+    --force-delete
+  report pool "$ASG_NAME" removed
+}
+
+# create_group: with its hook, so that no instance can ever end without it.
 create_group() {
-  local launch=$1 answer
+  local answer
   local -a command=(aws autoscaling create-auto-scaling-group
     --auto-scaling-group-name "$ASG_NAME"
-    --launch-template "$launch"
+    "${LAUNCH[@]}"
     --min-size "$MIN_INSTANCES"
     --max-size "$MAX_INSTANCES"
     --desired-capacity "$MIN_INSTANCES"
@@ -628,19 +734,85 @@ sorted() {
   tr , '\n' <<<"$1" | sort
 }
 
+# --- Alarm -----------------------------------------------------------------------------------
+
+# ensure_alarm: adds an instance when messages wait and none is wanted. No FILL in the expression: it
+# would make a 0 of a data point that is only late, so that the alarm never rings, or rings while the
+# fleet works. A step of +1 and no exact capacity: a sender may have raised it meanwhile.
+ensure_alarm() {
+  local arn found digest description state=updated
+  local -a policy=(--policy-type StepScaling
+    --adjustment-type ChangeInCapacity
+    --step-adjustments "MetricIntervalLowerBound=0,ScalingAdjustment=1"
+    --estimated-instance-warmup "$WARMUP_SECONDS")
+  local -a alarm=(--comparison-operator GreaterThanOrEqualToThreshold
+    --threshold 1
+    --evaluation-periods 1
+    --treat-missing-data notBreaching
+    --metrics "[
+      $(alarm_metric visible AWS/SQS ApproximateNumberOfMessagesVisible QueueName "$SQS_NAME"),
+      $(alarm_metric desired AWS/AutoScaling GroupDesiredCapacity AutoScalingGroupName "$ASG_NAME"),
+      {\"Id\": \"alone\", \"Label\": \"messages wait and no instance is wanted\", \"ReturnData\": true,
+       \"Expression\": \"IF(visible > 0 AND desired < 1, 1, 0)\"}]")
+  arn=$(ask_aws "look at the scaling policy $ALARM_NAME" autoscaling describe-policies \
+    --auto-scaling-group-name "$ASG_NAME" \
+    --policy-names "$ALARM_NAME" \
+    --query 'ScalingPolicies[].PolicyARN | [0]' --output text)
+  found=$(ask_aws "look at the alarm $ALARM_NAME" cloudwatch describe-alarms \
+    --alarm-names "$ALARM_NAME" \
+    --query 'MetricAlarms[].AlarmDescription | [0]' --output text)
+  # As in the launch template, a digest shows the next run what has changed.
+  digest=$(sha256sum <<<"${policy[*]} ${alarm[*]} $arn")
+  if [[ $arn != None && $found == *" ${digest:0:16}" ]]; then
+    report alarm "$ALARM_NAME" "already there"
+    return
+  fi
+  arn=$(ask_aws "set the scaling policy $ALARM_NAME" autoscaling put-scaling-policy \
+    --auto-scaling-group-name "$ASG_NAME" \
+    --policy-name "$ALARM_NAME" \
+    "${policy[@]}" \
+    --query PolicyARN --output text)
+  digest=$(sha256sum <<<"${policy[*]} ${alarm[*]} $arn")
+  description="comfy-on-ec2 $ENV: starts the first instance when nobody else has ${digest:0:16}"
+  run_aws "set the alarm $ALARM_NAME" cloudwatch put-metric-alarm \
+    --alarm-name "$ALARM_NAME" \
+    --alarm-description "$description" \
+    --alarm-actions "$arn" \
+    "${alarm[@]}" \
+    --tags "$(tags_json "$ALARM_NAME")"
+  [[ $found != None ]] || state=created
+  report alarm "$ALARM_NAME" "$state"
+}
+
+# alarm_metric ID NAMESPACE METRIC DIMENSION VALUE
+alarm_metric() {
+  printf '{"Id": "%s", "ReturnData": false, "MetricStat": {"Stat": "Maximum", "Period": 60, "Metric": {
+    "Namespace": "%s", "MetricName": "%s", "Dimensions": [{"Name": "%s", "Value": "%s"}]}}}' "$@"
+}
+
 # --- Main ------------------------------------------------------------------------------------
 
 summarise() {
   printf '\nEnvironment %s is ready: %s wanted now, %s to %s %s as jobs come and go.\n' \
-    "$ENV" "$(instances "$INSTANCES")" "$MIN_INSTANCES" "$MAX_INSTANCES" "$INSTANCE_TYPE"
+    "$ENV" "$(instances "$INSTANCES")" "$MIN_INSTANCES" "$MAX_INSTANCES" "$(either_type)"
+  ((SPOT_PERCENT == 0)) || printf 'Spot instances are %s %% of them.\n' "$SPOT_PERCENT"
+  ((WARM_POOL == 0)) \
+    || printf 'A warm pool keeps %s stopped and ready, of which the disks are paid for.\n' "$(instances "$WARM_POOL")"
   if ((MIN_INSTANCES == 0)); then
-    printf 'Idle, it costs no instance: only the storage of its files and its image.\n'
+    printf 'Idle, it costs no instance: only the storage of its files and its image, and some cents for its alarm.\n'
   else
     printf 'Idle, it costs %s day and night, because MIN_INSTANCES is %s.\n' "$(instances "$MIN_INSTANCES")" "$MIN_INSTANCES"
   fi
   [[ $IMAGE_STATE != pending ]] \
     || printf 'The image goes on by itself; jobs can be sent now and are run once it is available.\n'
   printf 'Next: ./send_job.py --env %s\n' "$ENV"
+}
+
+# either_type: the types in the order in which they are tried.
+either_type() {
+  local -a types=("${TYPES[@]:-$INSTANCE_TYPE}")
+  printf '%s' "${types[0]}"
+  ((${#types[@]} == 1)) || printf ' or %s' "${types[@]:1}"
 }
 
 instances() {
@@ -677,6 +849,7 @@ main() {
   ensure_bucket "$with_output"
   ensure_template
   ensure_group
+  ensure_alarm
   summarise
 }
 

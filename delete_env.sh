@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 #
-# Removes an environment: group and instances, queues, launch template, image and snapshots, and the
-# bucket with every file in it.
+# Removes an environment: alarm, group and instances, queues, launch template, image and snapshots, and
+# the bucket with every file in it.
 #
 # Usage: ./delete_env.sh NAME [--yes]
 #
@@ -29,6 +29,7 @@ DELETE_BATCH=${DELETE_BATCH:-1000}
 # look: prints KIND, NAME and OWNER of every piece that is there, tab-separated. OWNER is the
 # environment in its comfy-env tag, or None.
 look() {
+  look_at_alarm || exit
   look_at_fleet || exit
   look_at_queues || exit
   ask_aws "look at the launch template $TEMPLATE_NAME" ec2 describe-launch-templates \
@@ -37,6 +38,17 @@ look() {
     --output text || exit
   look_at_images || exit
   look_at_bucket || exit
+}
+
+look_at_alarm() {
+  local arn
+  arn=$(ask_aws "look at the alarm $ALARM_NAME" cloudwatch describe-alarms \
+    --alarm-names "$ALARM_NAME" \
+    --query 'MetricAlarms[].AlarmArn | [0]' --output text) || exit
+  [[ $arn != None ]] || return 0
+  ask_aws "look at the tags of the alarm $ALARM_NAME" cloudwatch list-tags-for-resource \
+    --resource-arn "$arn" \
+    --query "['alarm', '$ALARM_NAME', Tags[?Key=='comfy-env'].Value | [0]]" --output text || exit
 }
 
 # look_at_fleet: the group, and the instances by tag, so that one which has left its group is found too.
@@ -105,7 +117,7 @@ ours() {
 
 show() {
   local found=$1 kind name owner
-  for kind in group instance queue template image snapshot bucket; do
+  for kind in alarm group instance queue template image snapshot bucket; do
     if [[ -z $(of_kind "$kind" "$found") ]]; then
       report "$kind" "$(expected_name "$kind")" "already gone"
       continue
@@ -122,6 +134,7 @@ show() {
 
 expected_name() {
   case $1 in
+    alarm) printf '%s' "$ALARM_NAME" ;;
     group) printf '%s' "$ASG_NAME" ;;
     queue) printf '%s' "$SQS_NAME" ;;
     template) printf '%s' "$TEMPLATE_NAME" ;;
@@ -147,8 +160,12 @@ remove_kind() {
   done <<<"$(of_kind "$kind" "$(ours "$found")")"
 }
 
+remove_alarm() {
+  aws cloudwatch delete-alarms --alarm-names "$1"
+}
+
 remove_group() {
-  # Without waiting for its instances to end, or for their hooks.
+  # Without waiting for its instances to end, or for their hooks. Its policies and its warm pool go with it.
   aws autoscaling delete-auto-scaling-group --auto-scaling-group-name "$1" --force-delete || return
   printf 'being removed'
 }
@@ -265,6 +282,7 @@ main() {
   show "$FOUND"
   if [[ -n $(ours "$FOUND") ]]; then
     [[ $yes == yes ]] || ask
+    remove_kind alarm "$FOUND" # first, so that it starts nothing any more
     remove_kind group "$FOUND"
     remove_kind instance "$FOUND"
     fleet_refused=$REFUSED

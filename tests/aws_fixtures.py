@@ -86,7 +86,8 @@ def make_images_take_time() -> None:
     @functools.wraps(create_group)
     def create_group_of_ready_image(self: Any) -> Any:
         # As AWS may: the template is tried first, and an image that is not ready is refused.
-        template = self._get_param("LaunchTemplate", {})
+        mixed = self._get_param("MixedInstancesPolicy", {}).get("LaunchTemplate", {})
+        template = self._get_param("LaunchTemplate") or mixed["LaunchTemplateSpecification"]
         ec2 = self.autoscaling_backend.ec2_backend
         version = ec2.get_launch_template_by_name(template["LaunchTemplateName"]).default_version()
         image = ec2.amis.get(version.image_id)
@@ -215,7 +216,7 @@ class Aws:
     def everything(self, name: str, region: str = REGION) -> dict[str, Any]:
         """All that exists of the environment `name`, as AWS describes it. Empty when there is nothing."""
         ec2, sqs, s3 = self.client("ec2", region), self.client("sqs", region), self.client("s3", region)
-        autoscaling = self.client("autoscaling", region)
+        autoscaling, cloudwatch = self.client("autoscaling", region), self.client("cloudwatch", region)
         found: dict[str, Any] = {}
         for url in sqs.list_queues(QueueNamePrefix=f"simple-comfy-{name}-").get("QueueUrls", []):
             attributes = sqs.get_queue_attributes(QueueUrl=url, AttributeNames=["All"])["Attributes"]
@@ -248,6 +249,12 @@ class Aws:
             found["hooks"] = autoscaling.describe_lifecycle_hooks(AutoScalingGroupName=f"simple-comfy-{name}-asg")[
                 "LifecycleHooks"
             ]
+            found["policies"] = autoscaling.describe_policies(AutoScalingGroupName=f"simple-comfy-{name}-asg")[
+                "ScalingPolicies"
+            ]
+        found["alarms"] = cloudwatch.describe_alarms(AlarmNamePrefix=f"simple-comfy-{name}-")["MetricAlarms"]
+        for alarm in found["alarms"]:
+            alarm["Tags"] = cloudwatch.list_tags_for_resource(ResourceARN=alarm["AlarmArn"])["Tags"]
         return {key: value for key, value in found.items() if value}
 
 

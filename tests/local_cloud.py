@@ -2,13 +2,14 @@
 
 `LocalCloud` is what demo, tests and soak start inside their own process. Moto's server plays S3, SQS, EC2,
 IAM, CloudWatch and the Auto Scaling API. Added here is what moto lacks: group limits, lifecycle states and
-hooks, an instance metadata service per instance, and "instances": process groups that run the launch
-template's user data and the systemd units' commands in a copy of the base folder. Everything listens on
-loopback, and everything started is ended with it.
+hooks, scaling activities, alarms that are evaluated and scale, an instance metadata service per instance, and
+"instances": process groups that run the launch template's user data and the systemd units' commands in a copy
+of the base folder. Everything listens on loopback, and everything started is ended with it.
 """
 
 from __future__ import annotations
 
+import ast
 import configparser
 import io
 import json
@@ -22,9 +23,11 @@ import socket
 import subprocess
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,7 @@ from xml.sax.saxutils import escape
 
 import boto3
 from moto.backends import get_backend
+from moto.core.exceptions import ServiceException
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
 from werkzeug.serving import make_server
 
@@ -74,18 +78,56 @@ class Termination:
     heartbeat_s: float
 
 
+@dataclass
+class Activity:
+    """An entry of a group's activity history."""
+
+    group_name: str
+    group_arn: str
+    description: str
+    cause: str
+    status_code: str
+    status_message: str = ""
+    activity_id: str = field(default_factory=lambda: str(uuid.uuid4()))
+    started: datetime = field(default_factory=lambda: datetime.now(UTC))
+    ended: datetime | None = field(default_factory=lambda: datetime.now(UTC))
+
+    def as_xml(self) -> str:
+        """As the API answers it."""
+        fields = {
+            "ActivityId": self.activity_id,
+            "AutoScalingGroupName": self.group_name,
+            "AutoScalingGroupARN": self.group_arn,
+            "Description": self.description,
+            "Cause": self.cause,
+            "StartTime": self.started.isoformat(),
+            "EndTime": self.ended.isoformat() if self.ended else "",
+            "StatusCode": self.status_code,
+            "StatusMessage": self.status_message,
+            "Progress": "100" if self.ended else "50",
+        }
+        return "".join(f"<{name}>{escape(value)}</{name}>" for name, value in fields.items() if value)
+
+
 class LocalCloud:
     """AWS on loopback. `with LocalCloud(folder) as cloud:` starts it and ends everything it started."""
 
-    def __init__(self, folder: Path, *, restart_s: float | None = None) -> None:
-        """`restart_s` stands for the units' own RestartSec."""
+    def __init__(self, folder: Path, *, restart_s: float | None = None, metrics_period_s: float = 60.0) -> None:
+        """`restart_s` stands for the units' own RestartSec, `metrics_period_s` for AWS's minute."""
         self.folder = folder.resolve()
         self.restart_s = restart_s
+        self.metrics_period_s = metrics_period_s
         self.machines: dict[str, Machine] = {}
         self.terminations: dict[str, Termination] = {}
+        self.activities: list[Activity] = []
+        self.launch_failure: str | None = None
+        """Tests set it: the StatusMessage with which no group gets an instance, such as a lack of capacity."""
         self.fault: Callable[[str, str], Fault | None] = lambda _service, _operation: None
         """Tests set it: (service, operation) -> what to answer instead. S3 operations are HTTP methods."""
         self._base_folders: dict[str, Path] = {}
+        self._launched_at: dict[str, float] = {}
+        self._measured_at = time.monotonic()
+        self.minutes = 0  # how often the alarms were evaluated
         self._lock = threading.RLock()
         self._sqs_lock, self._s3_lock = threading.Lock(), threading.Lock()
         self._moto = DomainDispatcherApplication(create_backend_app)
@@ -186,8 +228,9 @@ class LocalCloud:
                 logger.exception("the clock goes on")
 
     def _tick(self) -> None:
-        """Boot what a group has launched, end what EC2 has terminated, let hooks run out."""
+        """Give groups what they miss, boot it, end what EC2 has terminated, let hooks run out, look at alarms."""
         for group in list(self._autoscaling().autoscaling_groups.values()):
+            self._reconcile(group)
             for state in list(group.instance_states):
                 if state.instance_id not in self.machines and state.lifecycle_state == "InService":
                     self._boot(state.instance)
@@ -199,6 +242,11 @@ class LocalCloud:
             if time.monotonic() > termination.deadline:
                 logger.warning("%s: hook %s ran out", instance_id, termination.hook_name)
                 self._proceed(instance_id)
+        if time.monotonic() >= self._measured_at + self.metrics_period_s:
+            self._measured_at = time.monotonic()
+            for alarm in list(self._cloudwatch().alarms.values()):
+                self._evaluate(alarm)
+            self.minutes += 1
 
     def _boot(self, instance: Any) -> None:
         user_data = instance.user_data.decode() if instance.user_data else ""
@@ -209,11 +257,122 @@ class LocalCloud:
     def _autoscaling(self) -> Any:
         return get_backend("autoscaling")[ACCOUNT_ID][REGION]
 
+    def _cloudwatch(self) -> Any:
+        return get_backend("cloudwatch")[ACCOUNT_ID][REGION]
+
     def _ec2(self) -> Any:
         return get_backend("ec2")[ACCOUNT_ID][REGION]
 
     def _ec2_instance(self, instance_id: str) -> Any:
         return self._ec2().get_instance_by_id(instance_id)
+
+    # --- Capacity -----------------------------------------------------------------------------------------
+
+    def _set_capacity(self, group: Any, wanted: int, request: str) -> None:
+        before, group.desired_capacity = group.desired_capacity, wanted
+        self._reconcile(group, f"{request} changing the desired capacity from {before} to {wanted}.")
+
+    def _reconcile(self, group: Any, cause: str = "") -> None:
+        """Launch what the group misses or take out what is too much. `cause` is empty where only time went by."""
+        before, wanted = len(group.active_instances()), group.desired_capacity
+        if before == wanted:
+            return
+        verb, side = ("started", "increasing") if wanted > before else ("taken out of service", "shrinking")
+        difference = (
+            f"an instance was {verb} in response to a difference between desired and actual capacity, "
+            f"{side} the capacity from {before} to {wanted}."
+        )
+        causes = "  ".join(f"At {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {why}" for why in (cause, difference) if why)
+        if wanted > before:
+            self._launch(group, wanted - before, causes, asked=bool(cause))
+        else:
+            self._scale_in(group, before - wanted, causes, asked=bool(cause))
+
+    def _launch(self, group: Any, count: int, cause: str, *, asked: bool) -> None:
+        failure = self.launch_failure
+        known = {state.instance_id for state in group.instance_states}
+        if failure is None:
+            try:
+                group.replace_autoscaling_group_instances(count, group.get_propagated_tags())
+            except ServiceException as error:  # an image that is gone, for example
+                failure = f"{error} Launching EC2 instance failed."
+        if failure is not None:
+            self._refuse(
+                group, f"Launching a new EC2 instance.  Status Reason: {failure}", cause, "Failed", failure, asked
+            )
+            return
+        for state in group.instance_states:
+            if state.instance_id not in known:
+                self._launched_at[state.instance_id] = time.monotonic()
+                description = f"Launching a new EC2 instance: {state.instance_id}"
+                self.activities.append(Activity(group.name, group.arn, description, cause, "Successful"))
+
+    def _scale_in(self, group: Any, count: int, cause: str, *, asked: bool) -> None:
+        """AWS takes no instance that is protected, and lets the others pass through their hook."""
+        free = [state for state in group.active_instances() if not state.protected_from_scale_in][:count]
+        for state in free:
+            self._begin_termination(state, f"{cause}  Instance {state.instance_id} was selected for termination.")
+        if len(free) < count:
+            message = (
+                "Could not scale to desired capacity because all remaining instances are protected from scale-in."
+            )
+            self._refuse(group, message, cause, "Cancelled", message, asked)
+
+    def _refuse(self, group: Any, description: str, cause: str, code: str, message: str, asked: bool) -> None:
+        """Tell what does not come to be: when it was asked for, and once a period, because AWS goes on trying."""
+        own = [activity for activity in self.activities if activity.group_arn == group.arn]
+        since = (datetime.now(UTC) - own[-1].started).total_seconds() if own else 0.0
+        if asked or not own or own[-1].status_message != message or since >= self.metrics_period_s:
+            self.activities.append(Activity(group.name, group.arn, description, cause, code, message))
+
+    # --- CloudWatch alarms --------------------------------------------------------------------------------
+
+    def _evaluate(self, alarm: Any) -> None:
+        """One period of an alarm on a metric math expression. What is not understood is said, and left alone."""
+        try:
+            if alarm.evaluation_periods != 1:
+                raise ValueError(f"{alarm.evaluation_periods} evaluation periods are not understood")
+            (expression,) = [query.expression for query in alarm.metric_data_queries if query.expression]
+            metrics = {query.id: query.metric_stat.metric for query in alarm.metric_data_queries if query.metric_stat}
+            value = metric_math(expression, {name: self._measure(metric) for name, metric in metrics.items()})
+            state = alarm_state(alarm, value)
+            if state != alarm.state_value:
+                alarm.update_state(f"{expression} is {value}", "{}", state)
+            if state == "ALARM" and value is not None and alarm.actions_enabled:
+                for action in alarm.alarm_actions:
+                    self._scale_out(alarm, action, value)
+        except (ValueError, KeyError) as error:
+            logger.error("the alarm %s is not evaluated: %s", alarm.name, error)
+
+    def _measure(self, metric: Any) -> float | None:
+        """The latest data point of a metric that AWS publishes, None where it publishes none."""
+        (name,) = [dimension.value for dimension in metric.dimensions]
+        if (metric.namespace, metric.metric_name) == ("AWS/SQS", "ApproximateNumberOfMessagesVisible"):
+            queue = get_backend("sqs")[ACCOUNT_ID][REGION].queues.get(name)
+            with self._sqs_lock:
+                return float(queue.approximate_number_of_messages) if queue else None
+        if (metric.namespace, metric.metric_name) == ("AWS/AutoScaling", "GroupDesiredCapacity"):
+            group = self._autoscaling().autoscaling_groups.get(name)
+            return float(group.desired_capacity) if group and metric.metric_name in group.metrics else None
+        raise ValueError(f"the metric {metric.namespace} {metric.metric_name} is not understood")
+
+    def _scale_out(self, alarm: Any, action: str, value: float) -> None:
+        """A step scaling policy. An instance that is warming up is no capacity yet, but already counts as added."""
+        (policy,) = [policy for policy in self._autoscaling().policies.values() if policy.arn == action]
+        if (policy.policy_type, policy.adjustment_type) != ("StepScaling", "ChangeInCapacity"):
+            raise ValueError(f"{policy.policy_type} with {policy.adjustment_type} is not understood")
+        group = self._autoscaling().autoscaling_groups[policy.auto_scaling_group_name]
+        (step,) = policy.step_adjustments
+        if not float(step["MetricIntervalLowerBound"]) <= value - alarm.threshold:
+            return
+        warm_since = time.monotonic() - float(policy.estimated_instance_warmup)
+        warm = [
+            state for state in group.active_instances() if self._launched_at.get(state.instance_id, 0.0) <= warm_since
+        ]
+        wanted = min(len(warm) + int(step["ScalingAdjustment"]), group.max_size)
+        if wanted > group.desired_capacity:
+            request = f"a monitor alarm {alarm.name} in state ALARM triggered policy {policy.name}"
+            self._set_capacity(group, wanted, request)
 
     # --- The Auto Scaling API, where moto has gaps --------------------------------------------------------
 
@@ -239,10 +398,12 @@ class LocalCloud:
             with lock or nullcontext():
                 return [b"".join(self._moto(environ, start_response))]
 
+        motos_start: list[Any] = []
+
         def pass_on() -> bytes:
             changed = urlencode(parameters).encode()
             environ.update({"wsgi.input": io.BytesIO(changed), "CONTENT_LENGTH": str(len(changed))})
-            return b"".join(self._moto(environ, start_response))
+            return b"".join(self._moto(environ, lambda *start: motos_start.extend(start)))
 
         try:
             with self._lock:
@@ -255,6 +416,7 @@ class LocalCloud:
             start_response("400 Bad Request", [("Content-Type", "text/xml")])
             return [text.encode()]
         if isinstance(answer, bytes):
+            start_response(*motos_start)
             return [answer]
         start_response("200 OK", [("Content-Type", "text/xml")])
         text = (
@@ -320,9 +482,11 @@ class LocalCloud:
     def _on_autoscaling_CreateAutoScalingGroup(  # noqa: N802
         self, parameters: dict[str, str], pass_on: Callable[[], bytes]
     ) -> bytes:
-        answer = pass_on()
         name = parameters["AutoScalingGroupName"]
-        if name in self._autoscaling().autoscaling_groups:
+        wanted = int(parameters.get("DesiredCapacity", parameters["MinSize"]))
+        parameters["DesiredCapacity"] = "0"
+        answer = pass_on()
+        if not is_error(answer):
             prefix = "LifecycleHookSpecificationList.member.1."
             if f"{prefix}LifecycleHookName" in parameters:
                 self._autoscaling().create_lifecycle_hook(
@@ -332,11 +496,71 @@ class LocalCloud:
                     int(parameters.get(f"{prefix}HeartbeatTimeout", "3600")),
                     parameters.get(f"{prefix}DefaultResult", "ABANDON"),
                 )
+            self._set_capacity(self._group(name), wanted, "a user request created an AutoScalingGroup")
+        return answer
+
+    def _on_autoscaling_UpdateAutoScalingGroup(  # noqa: N802
+        self, parameters: dict[str, str], pass_on: Callable[[], bytes]
+    ) -> bytes:
+        group = self._group(parameters["AutoScalingGroupName"])
+        least = int(parameters.pop("MinSize", group.min_size))
+        most = int(parameters.pop("MaxSize", group.max_size))
+        if least > most:
+            raise ApiError(
+                "ValidationError", f"Max bound, {most}, must be greater than or equal to min bound, {least}"
+            )
+        wanted = int(parameters.pop("DesiredCapacity", min(max(group.desired_capacity, least), most)))
+        if not least <= wanted <= most:
+            raise ApiError(
+                "ValidationError",
+                f"Desired capacity:{wanted} must be between the specified min size:{least} and max size:{most}",
+            )
+        mixed = group.mixed_instances_policy
+        answer = pass_on()
+        if is_error(answer):
+            return answer
+        if not any(name.startswith(("LaunchTemplate.", "MixedInstancesPolicy.")) for name in parameters):
+            group.mixed_instances_policy = mixed  # moto forgets what was not named
+        group.min_size, group.max_size = least, most
+        request = "a user request update of AutoScalingGroup constraints"
+        self._set_capacity(group, wanted, f"{request} to min: {least}, max: {most}, desired: {wanted}")
+        return answer
+
+    def _on_autoscaling_DescribeScalingActivities(  # noqa: N802
+        self, parameters: dict[str, str], _: Callable[[], bytes]
+    ) -> str:
+        found = self.activities
+        if "AutoScalingGroupName" in parameters:
+            group = self._group(parameters["AutoScalingGroupName"])
+            found = [activity for activity in found if activity.group_arn == group.arn]
+        found = found[: -1 - int(parameters.get("MaxRecords", "100")) : -1]  # the newest first
+        return f"<Activities>{''.join(f'<member>{activity.as_xml()}</member>' for activity in found)}</Activities>"
+
+    def _on_autoscaling_PutScalingPolicy(  # noqa: N802
+        self, parameters: dict[str, str], pass_on: Callable[[], bytes]
+    ) -> bytes | str:
+        answer = pass_on()
+        if is_error(answer):
+            return answer
+        # moto leaves it out
+        return f"<PolicyARN>{self._autoscaling().policies[parameters['PolicyName']].arn}</PolicyARN>"
+
+    def _on_ec2_TerminateInstances(  # noqa: N802
+        self, parameters: dict[str, str], pass_on: Callable[[], bytes]
+    ) -> bytes:
+        gone = {value for name, value in parameters.items() if name.startswith("InstanceId.")}
+        groups = list(self._autoscaling().autoscaling_groups.values())
+        for group in groups:
+            group.instance_states = [state for state in group.instance_states if state.instance_id not in gone]
+        answer = pass_on()
+        why = "an instance was taken out of service in response to an EC2 health check: it has been terminated."
+        for group in groups:
+            self._reconcile(group, why)
         return answer
 
     def _on_autoscaling_SetDesiredCapacity(  # noqa: N802
-        self, parameters: dict[str, str], pass_on: Callable[[], bytes]
-    ) -> bytes:
+        self, parameters: dict[str, str], _: Callable[[], bytes]
+    ) -> str:
         group = self._group(parameters["AutoScalingGroupName"])
         wanted = int(parameters["DesiredCapacity"])
         for limit, name, outside in ((group.max_size, "max", 1), (group.min_size, "min", -1)):
@@ -346,7 +570,8 @@ class LocalCloud:
                     "ValidationError",
                     f"New SetDesiredCapacity value {wanted} is {side} {name} value {limit} for the AutoScalingGroup.",
                 )
-        return pass_on()
+        self._set_capacity(group, wanted, "a user request explicitly set group desired capacity")
+        return ""
 
     def _on_autoscaling_TerminateInstanceInAutoScalingGroup(  # noqa: N802
         self, parameters: dict[str, str], _: Callable[[], bytes]
@@ -358,6 +583,7 @@ class LocalCloud:
                 "ValidationError", f"Instance Id not found - No managed instance found for instance ID: {instance_id}"
             )
         group = state.auto_scaling_group
+        why = f"instance {instance_id} was taken out of service in response to a user request"
         if parameters["ShouldDecrementDesiredCapacity"] == "true":
             if group.desired_capacity - 1 < group.min_size:
                 raise ApiError(
@@ -367,14 +593,10 @@ class LocalCloud:
                     "or lower group's min size.",
                 )
             group.desired_capacity -= 1
-        self._begin_termination(state)
-        group.set_desired_capacity(group.desired_capacity)  # launches the replacement, if there is to be one
-        return (
-            "<Activity><ActivityId>local</ActivityId>"
-            f"<AutoScalingGroupName>{group.name}</AutoScalingGroupName><Cause>user request</Cause>"
-            "<StartTime>2026-01-01T00:00:00Z</StartTime><StatusCode>InProgress</StatusCode><Progress>0</Progress>"
-            "</Activity>"
-        )
+            why += f", shrinking the capacity from {group.desired_capacity + 1} to {group.desired_capacity}"
+        activity = self._begin_termination(state, f"At {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {why}.")
+        self._reconcile(group, f"{why}.")  # launches the replacement, if there is to be one
+        return f"<Activity>{activity.as_xml()}</Activity>"
 
     def _on_autoscaling_CompleteLifecycleAction(  # noqa: N802
         self, parameters: dict[str, str], _: Callable[[], bytes]
@@ -396,8 +618,9 @@ class LocalCloud:
         answer = pass_on()
         state = self._state(parameters["InstanceId"])
         if state is not None and state.lifecycle_state == "InService" and state.health_status == "Unhealthy":
-            self._begin_termination(state)
-            state.auto_scaling_group.set_desired_capacity(state.auto_scaling_group.desired_capacity)
+            why = "an instance was taken out of service in response to a user health-check."
+            self._begin_termination(state, f"At {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ} {why}")
+            self._reconcile(state.auto_scaling_group, why)
         return answer
 
     def _on_autoscaling_DeleteAutoScalingGroup(  # noqa: N802
@@ -414,7 +637,11 @@ class LocalCloud:
             for instance_id in instance_ids:
                 self.terminations.pop(instance_id, None)
             self._ec2().terminate_instances(instance_ids)
-        return pass_on()
+        answer = pass_on()
+        if group is not None:  # as AWS does, and moto does not
+            for policy in self._autoscaling().describe_policies(group.name):
+                self._autoscaling().delete_policy(policy.name)
+        return answer
 
     def _group(self, name: str) -> Any:
         group = self._autoscaling().autoscaling_groups.get(name)
@@ -440,8 +667,12 @@ class LocalCloud:
             )
         return termination
 
-    def _begin_termination(self, state: Any) -> None:
+    def _begin_termination(self, state: Any, cause: str) -> Activity:
         group_name = state.auto_scaling_group_name
+        description = f"Terminating EC2 instance: {state.instance_id}"
+        arn = state.auto_scaling_group.arn
+        activity = Activity(group_name, arn, description, cause, "MidLifecycleAction", ended=None)
+        self.activities.append(activity)
         hooks = [
             hook
             for hook in self._autoscaling().describe_lifecycle_hooks(group_name)
@@ -451,11 +682,12 @@ class LocalCloud:
             self.machines[state.instance_id].metadata["autoscaling/target-lifecycle-state"] = "Terminated"
         if not hooks:
             self._proceed(state.instance_id)
-            return
+            return activity
         state.lifecycle_state = "Terminating:Wait"
         heartbeat_s = float(hooks[0].heartbeat_timeout)
         deadline = time.monotonic() + heartbeat_s
         self.terminations[state.instance_id] = Termination(group_name, hooks[0].name, deadline, heartbeat_s)
+        return activity
 
     def _proceed(self, instance_id: str) -> None:
         """Past the hook: the machine is shut down and leaves the group."""
@@ -472,6 +704,9 @@ class LocalCloud:
                 group = state.auto_scaling_group
                 group.instance_states = [other for other in group.instance_states if other is not state]
                 self._ec2().terminate_instances([instance_id])
+                for activity in self.activities:
+                    if activity.description == f"Terminating EC2 instance: {instance_id}":
+                        activity.status_code, activity.ended = "Successful", datetime.now(UTC)
 
         threading.Thread(target=end, daemon=True).start()
 
@@ -643,6 +878,59 @@ def metadata_handler(machine: Machine) -> type[BaseHTTPRequestHandler]:
             pass
 
     return Handler
+
+
+def metric_math(expression: str, values: dict[str, float | None]) -> float | None:
+    """CloudWatch's metric math for one data point of each metric, None where it is missing.
+
+    Numbers, metrics, comparisons, AND, OR, IF(condition, then, else) and FILL(metric, number); ValueError for
+    anything else.
+    """
+
+    def value(node: ast.expr) -> float | None:
+        match node:
+            case ast.Constant(value=int() | float() as number):
+                return float(number)
+            case ast.Name(id=name) if name in values:
+                return values[name]
+            case ast.Call(func=ast.Name(id="FILL"), args=[metric, filling]):
+                known = value(metric)
+                return value(filling) if known is None else known
+            case ast.Call(func=ast.Name(id="IF"), args=[condition, then, otherwise]):
+                holds = value(condition)
+                return None if holds is None else value(then) if holds else value(otherwise)
+            case ast.BoolOp(op=operator, values=parts):
+                known_parts = [value(part) for part in parts]
+                if None in known_parts:
+                    return None
+                return float(all(known_parts) if isinstance(operator, ast.And) else any(known_parts))
+            case ast.Compare(left=left, ops=[ast.Gt() | ast.Lt() as operator], comparators=[right]):
+                a, b = value(left), value(right)
+                if a is None or b is None:
+                    return None
+                return float(a > b if isinstance(operator, ast.Gt) else a < b)
+        raise ValueError(f"the expression {expression!r} is not understood")
+
+    try:
+        tree = ast.parse(re.sub(r"\b(AND|OR)\b", lambda word: word[0].lower(), expression), mode="eval")
+    except SyntaxError as error:
+        raise ValueError(f"the expression {expression!r} is not understood") from error
+    return value(tree.body)
+
+
+def alarm_state(alarm: Any, value: float | None) -> str:
+    """The state that an alarm of one evaluation period is in with this data point."""
+    if value is None:
+        states = {"notBreaching": "OK", "breaching": "ALARM", "ignore": alarm.state_value}
+        return str(states.get(alarm.treat_missing_data, "INSUFFICIENT_DATA"))
+    if alarm.comparison_operator != "GreaterThanOrEqualToThreshold":
+        raise ValueError(f"{alarm.comparison_operator} is not understood")
+    return "ALARM" if value >= alarm.threshold else "OK"
+
+
+def is_error(answer: bytes) -> bool:
+    """Whether moto has refused a call of the query protocol."""
+    return b"<Error>" in answer
 
 
 def free_port() -> int:

@@ -21,6 +21,7 @@ __all__ = ["aws", "aws_server", "bundle"]
 
 BASE_BUCKET = f"simple-comfy-{ACCOUNT_ID}-{REGION}-base"
 BUCKET = f"simple-comfy-{ACCOUNT_ID}-{REGION}-pro"
+ALARM = "simple-comfy-pro-asg-first-instance"
 QUEUE = "simple-comfy-pro-queue"
 NO_INSTANCE = "i-0123456789abcdef0"
 
@@ -53,12 +54,14 @@ def test_an_environment_is_made_completed_left_alone_and_changed(bundle: Bundle,
     check_the_run_that_was_stopped(story)
     run()
     check_the_run_that_completed_it(story)
-    for check in (check_queues, check_bucket, check_image, check_template, check_group):
+    for check in (check_queues, check_bucket, check_image, check_template, check_group, check_alarm):
         check(story)
     run()
     check_that_nothing_changed(story)
     bundle.set(MAX_INSTANCES="7", INSTANCE_TYPE="g6.xlarge", VISIBILITY_TIMEOUT="60", MAX_RECEIVES="5")
+    bundle.set(INSTANCE_TYPES='"g6.xlarge g5.2xlarge"', SPOT_PERCENT="70")
     group = {"AutoScalingGroupName": "simple-comfy-pro-asg"}
+    aws.client("autoscaling").delete_policy(PolicyName=ALARM)
     aws.client("autoscaling").delete_lifecycle_hook(LifecycleHookName="comfy-terminating", **group)
     aws.client("autoscaling").resume_processes(ScalingProcesses=["AZRebalance"], **group)
     aws.open_to_internet(story.base.vpc, story.base.private[1])
@@ -82,9 +85,10 @@ def check_the_run_that_completed_it(story: Story) -> None:
     ran = story.ran[COMPLETED]
     assert (ran.returncode, ran.stderr) == (0, "")
     steps = [line.split() for line in ran.stdout.splitlines() if line]
-    assert [(step[0], step[-1]) for step in steps if step[0] in ("template", "group")] == [
+    assert [(step[0], step[-1]) for step in steps if step[0] in ("template", "group", "alarm")] == [
         ("template", "created"),
         ("group", "created"),
+        ("alarm", "created"),
     ]
     assert ran.stdout.count("already there") == 4
     assert "0 instances wanted now, 0 to 20 g5.2xlarge" in ran.stdout
@@ -162,10 +166,41 @@ def check_group(story: Story) -> None:
     assert (hook["HeartbeatTimeout"], hook["DefaultResult"]) == (300, "CONTINUE")
 
 
+def check_alarm(story: Story) -> None:
+    found = story.found[COMPLETED]
+    (policy,), (alarm,) = found["policies"], found["alarms"]
+    assert {metric["Metric"] for metric in found["groups"][0]["EnabledMetrics"]} == {
+        "GroupDesiredCapacity",
+        "GroupInServiceInstances",
+        "GroupPendingInstances",
+        "GroupTotalInstances",
+    }
+    assert (policy["PolicyName"], policy["PolicyType"]) == (ALARM, "StepScaling")
+    assert policy["AdjustmentType"] == "ChangeInCapacity"
+    assert policy["StepAdjustments"] == [{"MetricIntervalLowerBound": 0.0, "ScalingAdjustment": 1}]
+    assert policy["EstimatedInstanceWarmup"] == 300
+    assert alarm["AlarmName"] == ALARM
+    assert alarm["AlarmActions"] == [policy["PolicyARN"]]
+    assert tags_of(alarm["Tags"]) == {"comfy-env": "pro", "comfy-prefix": "simple-comfy", "Name": ALARM}
+    assert (alarm["ComparisonOperator"], alarm["Threshold"]) == ("GreaterThanOrEqualToThreshold", 1)
+    assert (alarm["EvaluationPeriods"], alarm["TreatMissingData"]) == (1, "notBreaching")
+    measured = {
+        metric["Id"]: (stat["Metric"]["MetricName"], stat["Metric"]["Dimensions"][0]["Value"], stat["Period"])
+        for metric in alarm["Metrics"]
+        if (stat := metric.get("MetricStat"))
+    }
+    assert measured == {
+        "visible": ("ApproximateNumberOfMessagesVisible", QUEUE, 60),
+        "desired": ("GroupDesiredCapacity", "simple-comfy-pro-asg", 60),
+    }
+    returned = [metric for metric in alarm["Metrics"] if metric["ReturnData"]]
+    assert [metric["Expression"] for metric in returned] == ["IF(visible > 0 AND desired < 1, 1, 0)"]
+
+
 def check_that_nothing_changed(story: Story) -> None:
     assert story.found[AGAIN] == story.found[COMPLETED]
     printed = story.ran[AGAIN].stdout
-    assert printed.count("already there") == 6
+    assert printed.count("already there") == 7
     assert "created" not in printed
     assert "updated" not in printed
 
@@ -183,7 +218,19 @@ def check_that_settings_were_applied(story: Story) -> None:
     (default,) = [version for version in found["versions"] if version["DefaultVersion"]]
     assert default["LaunchTemplateData"]["InstanceType"] == "g6.xlarge"
     assert found["images"] == story.found[COMPLETED]["images"]
-    assert story.ran[CHANGED].stdout.count("updated") == 4
+    policy = group["MixedInstancesPolicy"]
+    assert policy["LaunchTemplate"]["LaunchTemplateSpecification"]["Version"] == "$Default"
+    assert [item["InstanceType"] for item in policy["LaunchTemplate"]["Overrides"]] == ["g6.xlarge", "g5.2xlarge"]
+    assert policy["InstancesDistribution"] == {
+        "OnDemandAllocationStrategy": "prioritized",
+        "OnDemandBaseCapacity": 0,
+        "OnDemandPercentageAboveBaseCapacity": 30,
+        "SpotAllocationStrategy": "price-capacity-optimized",
+    }
+    assert found["policies"] == story.found[COMPLETED]["policies"]
+    printed = story.ran[CHANGED].stdout
+    assert printed.count("updated") == 5
+    assert "0 to 7 g6.xlarge or g5.2xlarge as jobs come and go.\nSpot instances are 70 % of them.\n" in printed
 
 
 @pytest.mark.parametrize(
@@ -278,6 +325,13 @@ def test_bad_arguments(bundle: Bundle, arguments: list[str], sentence: str) -> N
         ("VISIBILITY_TIMEOUT", "43201", "to a whole number from 3 to 43200"),
         ("MAX_RECEIVES", "0", "to a whole number from 1 to 1000"),
         ("INSTANCE_TYPE", "large", "INSTANCE_TYPE is 'large': set it in"),
+        ("INSTANCE_TYPES", '"g5.2xlarge large"', "INSTANCE_TYPES has 'large': set it in"),
+        ("INSTANCE_TYPES", '"g5.xlarge g6.xlarge g5.xlarge"', "INSTANCE_TYPES has g5.xlarge twice: take one out"),
+        ("INSTANCE_TYPES", f'"{" ".join(f"g{n}.large" for n in range(41))}"', "has 41 types and AWS allows 40"),
+        ("SPOT_PERCENT", "101", "SPOT_PERCENT is '101': set it in"),
+        ("SPOT_PERCENT", "50%", "to a whole number from 0 to 100"),
+        ("WARM_POOL", "21", "to a whole number from 0 to 20"),
+        ("WARM_POOL", "1\nSPOT_PERCENT=50", "AWS keeps no Spot instances in a warm pool: set one of them"),
         ("COMFY_HOME", "comfy", "COMFY_HOME is 'comfy': set it in"),
         ("S3_BUCKET", "ab", "S3_BUCKET is 'ab' for both base and pro: write it with ${ENV}"),
         ("S3_BUCKET", "My.Bucket-${ENV}", "S3_BUCKET is 'My.Bucket-pro': use 3 to 63 lowercase"),
@@ -519,7 +573,7 @@ def test_a_group_waits_for_the_image_when_it_must(bundle: Bundle, aws: Aws, min_
     base = aws.make_base(looks_until_available=2)
     image = aws.client("ec2").create_image(InstanceId=base.instance_id, Name="slow")["ImageId"]
     facts = FACTS.format(image=image, subnet=base.private[0])
-    ran = bundle.run_function(facts + "ensure_template; ensure_group; summarise")
+    ran = bundle.run_function(facts + "check_fleet_settings; ensure_template; ensure_group; summarise")
     assert (ran.returncode, ran.stderr) == (0, "")
     assert "waiting until it can be used" in ran.stdout
     assert (f"it costs {min_instances} instances day and night" in ran.stdout) == (min_instances != "0")
@@ -541,9 +595,43 @@ def test_a_smaller_maximum_never_lowers_what_is_wanted(bundle: Bundle, aws: Aws)
         VPCZoneIdentifier=base.private[0],
     )
     bundle.set(MAX_INSTANCES="2", MIN_INSTANCES="1")
-    ran = bundle.run_function(f"SUBNETS={base.private[0]}; ensure_group")
+    ran = bundle.run_function(f"SUBNETS={base.private[0]}; check_fleet_settings; ensure_group")
     assert (ran.returncode, ran.stderr) == (0, "")
     assert "3 instances are wanted: maximum 2 cannot be set yet, run this again later" in ran.stdout
     (group,) = aws.everything("pro")["groups"]
     assert (group["MinSize"], group["MaxSize"], group["DesiredCapacity"]) == (1, 3, 3)
     assert group["NewInstancesProtectedFromScaleIn"] is True
+
+
+def test_a_group_gets_spot_instances_or_a_warm_pool_and_goes_back(bundle: Bundle, aws: Aws) -> None:
+    base = aws.make_base(files=False)
+    image = aws.client("ec2").create_image(InstanceId=base.instance_id, Name="image")["ImageId"]
+    template = "simple-comfy-pro-asg-template"
+    data = {"ImageId": image, "InstanceType": "g5.2xlarge"}
+    aws.client("ec2").create_launch_template(LaunchTemplateName=template, LaunchTemplateData=data)
+
+    def run(**settings: str) -> dict[str, Any]:
+        # Twice: the second run finds all as it is wanted.
+        shell = f"SUBNETS={base.private[0]} IMAGE_STATE=available; check_fleet_settings; ensure_group; ensure_group"
+        ran = bundle.run_function(shell, **settings)
+        assert (ran.returncode, ran.stderr) == (0, "")
+        shown.append([line.split()[0] + " " + " ".join(line.split()[2:]) for line in ran.stdout.splitlines()])
+        (group,) = aws.everything("pro")["groups"]
+        return dict(group)
+
+    shown: list[list[str]] = []
+    policy = run(SPOT_PERCENT="100")["MixedInstancesPolicy"]
+    assert [item["InstanceType"] for item in policy["LaunchTemplate"]["Overrides"]] == ["g5.2xlarge"]
+    assert policy["InstancesDistribution"]["OnDemandPercentageAboveBaseCapacity"] == 0
+    group = run(WARM_POOL="2")
+    assert "MixedInstancesPolicy" not in group
+    assert group["LaunchTemplate"]["Version"] == "$Default"
+    assert group["WarmPoolConfiguration"] == {"MaxGroupPreparedCapacity": 2, "MinSize": 2, "PoolState": "Stopped"}
+    group = run(SPOT_PERCENT="40")
+    assert "WarmPoolConfiguration" not in group
+    assert group["MixedInstancesPolicy"]["InstancesDistribution"]["OnDemandPercentageAboveBaseCapacity"] == 60
+    assert shown == [
+        ["group created", "group already there"],
+        ["group updated", "pool created", "group already there", "pool already there"],
+        ["pool removed", "group updated", "group already there"],
+    ], "the pool goes before Spot instances come, because AWS allows only one of them"

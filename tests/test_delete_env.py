@@ -21,9 +21,24 @@ def tags(name: str) -> list[dict[str, str]]:
     return [{"Key": "comfy-env", "Value": name}, {"Key": "comfy-prefix", "Value": "simple-comfy"}]
 
 
+def put_alarm(aws: Aws, name: str, tags: list[dict[str, str]]) -> None:
+    aws.client("cloudwatch").put_metric_alarm(
+        AlarmName=name,
+        Namespace="AWS/SQS",
+        MetricName="ApproximateNumberOfMessagesVisible",
+        Statistic="Maximum",
+        Period=60,
+        ComparisonOperator="GreaterThanThreshold",
+        EvaluationPeriods=1,
+        Threshold=0,
+        Tags=tags,
+    )
+
+
 def make_environment(aws: Aws, name: str) -> None:
     """What create_env.sh makes, with an instance in the group, one that has left it, and a full bucket."""
     ec2, sqs, s3, autoscaling = (aws.client(service) for service in ("ec2", "sqs", "s3", "autoscaling"))
+    put_alarm(aws, f"simple-comfy-{name}-asg-first-instance", tags(name))
     base = aws.make_base(files=False) if name == "pro" else None
     for queue in (f"simple-comfy-{name}-queue-dlq", f"simple-comfy-{name}-queue"):
         sqs.create_queue(QueueName=queue, tags={"comfy-env": name})
@@ -85,7 +100,7 @@ def test_everything_of_the_environment_goes_and_nothing_else(bundle: Bundle, aws
     code, shown = bundle.run_on_terminal("delete_env.sh", "pro", answer="pro", DELETE_BATCH="3")
     assert code == 0, shown
     assert f"All files in {BUCKET} are lost for ever. Type pro to remove the environment:" in shown
-    assert shown.count("to be removed") == 10
+    assert shown.count("to be removed") == 11
     assert "already gone" not in shown
     assert lost in shown
     assert "removed, and 4 files or versions in it" in shown
@@ -97,7 +112,7 @@ def test_everything_of_the_environment_goes_and_nothing_else(bundle: Bundle, aws
 
     ran = bundle.run("delete_env.sh", "pro", "--yes")
     assert (ran.returncode, ran.stderr) == (0, "")
-    assert ran.stdout.count("already gone") == 7
+    assert ran.stdout.count("already gone") == 8
     assert "Nothing is left of the environment pro." in ran.stdout
 
 
@@ -119,10 +134,14 @@ def test_what_is_refused_is_named_and_the_rest_goes(bundle: Bundle, aws: Aws) ->
 def test_what_create_env_did_not_make_is_left_alone(bundle: Bundle, aws: Aws) -> None:
     aws.make_bucket(BUCKET, files=("company.txt",))
     aws.client("sqs").create_queue(QueueName=QUEUE)
+    put_alarm(aws, f"{GROUP}-first-instance", [])
     ran = bundle.run("delete_env.sh", "pro", "--yes")
     assert ran.returncode == 1
-    assert ran.stdout.count("left alone: no tag comfy-env=pro") == 2
-    assert f"is left: queue {aws.endpoint}/{ACCOUNT_ID}/{QUEUE}, bucket {BUCKET} (" in ran.stderr
+    assert ran.stdout.count("left alone: no tag comfy-env=pro") == 3
+    assert (
+        f"is left: alarm {GROUP}-first-instance, queue {aws.endpoint}/{ACCOUNT_ID}/{QUEUE}, bucket {BUCKET} ("
+        in ran.stderr
+    )
     assert aws.files(BUCKET) == {"company.txt": "company.txt"}
 
 

@@ -1,0 +1,326 @@
+"""The local cloud behaves as AWS does, where tests of the scripts and the worker build on it."""
+
+from __future__ import annotations
+
+import copy
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from aws_fixtures import Aws, Bundle
+from conftest import await_that, group_of
+from local_cloud import LocalCloud, metric_math
+
+NO_CAPACITY = (
+    "We currently do not have sufficient g5.2xlarge capacity in the Availability Zone you requested (us-west-2a). "
+    "Our system will be working on provisioning additional capacity. Launching EC2 instance failed."
+)
+PERIOD_S = 0.2
+
+
+OURS = "IF(visible > 0 AND desired < 1, 1, 0)"
+
+
+class Fleet:
+    """A queue, a group whose instances have nothing to run, and an alarm with a policy that adds an instance."""
+
+    def __init__(self, cloud: LocalCloud, **settings: Any) -> None:
+        self.cloud = cloud
+        self.prefix = f"x{uuid.uuid4().hex[:8]}"
+        self.name, self.queue_name = f"{self.prefix}-pro-asg", f"{self.prefix}-pro-queue"
+        self.ec2, self.sqs = cloud.client("ec2"), cloud.client("sqs")
+        self.autoscaling, self.cloudwatch = cloud.client("autoscaling"), cloud.client("cloudwatch")
+        image = self.ec2.describe_images()["Images"][0]["ImageId"]
+        self.ec2.create_launch_template(
+            LaunchTemplateName=self.name, LaunchTemplateData={"ImageId": image, "InstanceType": "g5.2xlarge"}
+        )
+        self.autoscaling.create_auto_scaling_group(
+            AutoScalingGroupName=self.name,
+            LaunchTemplate={"LaunchTemplateName": self.name, "Version": "$Default"},
+            AvailabilityZones=["us-west-2a"],
+            **({"MinSize": 0, "MaxSize": 4} | settings),
+        )
+        self.queue_url = self.sqs.create_queue(QueueName=self.queue_name)["QueueUrl"]
+
+    def desired(self) -> int:
+        return int(group_of(self.cloud, self.name)["DesiredCapacity"])
+
+    def states(self) -> list[str]:
+        """The lifecycle states of the group's instances."""
+        return [instance["LifecycleState"] for instance in group_of(self.cloud, self.name)["Instances"]]
+
+    def activities(self) -> list[dict[str, Any]]:
+        answer = self.autoscaling.describe_scaling_activities(AutoScalingGroupName=self.name)
+        activities: list[dict[str, Any]] = answer["Activities"]
+        return activities
+
+    def want(self, capacity: int) -> None:
+        self.autoscaling.set_desired_capacity(AutoScalingGroupName=self.name, DesiredCapacity=capacity)
+
+    def protect(self, number: int) -> str:
+        """Protect one instance from scale-in."""
+        instance_id: str = group_of(self.cloud, self.name)["Instances"][number]["InstanceId"]
+        self.autoscaling.set_instance_protection(
+            InstanceIds=[instance_id], AutoScalingGroupName=self.name, ProtectedFromScaleIn=True
+        )
+        return instance_id
+
+    def put_net(self, net: dict[str, Any], expression: str, warmup_s: int) -> None:
+        """The alarm and the policy of create_env.sh for this queue and this group, with these changes."""
+        policy = net["policy"] | {"AutoScalingGroupName": self.name, "PolicyName": self.name}
+        arn = self.autoscaling.put_scaling_policy(**policy | {"EstimatedInstanceWarmup": warmup_s})["PolicyARN"]
+        visible, desired, alone = copy.deepcopy(net["alarm"]["Metrics"])
+        visible["MetricStat"]["Metric"]["Dimensions"][0]["Value"] = self.queue_name
+        desired["MetricStat"]["Metric"]["Dimensions"][0]["Value"] = self.name
+        alone["Expression"] = expression
+        alarm = net["alarm"] | {"AlarmName": self.name, "AlarmActions": [arn], "Metrics": [visible, desired, alone]}
+        self.cloudwatch.put_metric_alarm(**alarm)
+
+    def put_hook(self) -> None:
+        self.autoscaling.put_lifecycle_hook(
+            LifecycleHookName="comfy-terminating",
+            AutoScalingGroupName=self.name,
+            LifecycleTransition="autoscaling:EC2_INSTANCE_TERMINATING",
+            HeartbeatTimeout=300,
+        )
+
+
+@pytest.fixture
+def quick_cloud(cloud: LocalCloud, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalCloud]:
+    """The local cloud with a short minute, and no failure left behind."""
+    monkeypatch.setattr(cloud, "metrics_period_s", PERIOD_S)
+    yield cloud
+    cloud.launch_failure = None
+
+
+# --- Capacity ------------------------------------------------------------------------------------------------
+
+
+def test_capacity_that_does_not_come_is_told_and_comes_when_it_can(quick_cloud: LocalCloud) -> None:
+    quick_cloud.launch_failure = NO_CAPACITY
+    fleet = Fleet(quick_cloud)
+    assert fleet.activities() == []
+    fleet.want(2)
+    assert (fleet.desired(), fleet.states()) == (2, [])
+    failed = fleet.activities()[-1]
+    assert failed["StatusCode"] == "Failed"
+    assert failed["StatusMessage"] == NO_CAPACITY
+    assert failed["Description"] == f"Launching a new EC2 instance.  Status Reason: {NO_CAPACITY}"
+    assert (
+        "a user request explicitly set group desired capacity changing the desired capacity from 0 to 2."
+        in (failed["Cause"])
+    )
+    assert "increasing the capacity from 0 to 2." in failed["Cause"]
+    assert failed["AutoScalingGroupName"] == fleet.name
+    assert failed["StartTime"] <= failed["EndTime"]
+    assert failed["Progress"] == 100
+    await_that("it is tried again", lambda: len(fleet.activities()) >= 3)
+
+    quick_cloud.launch_failure = None
+    await_that("the instances are there", lambda: fleet.states() == ["InService"] * 2)
+    newest = fleet.activities()[:3]
+    assert [activity["StatusCode"] for activity in newest] == ["Successful", "Successful", "Failed"]
+    assert newest[0]["Description"].startswith("Launching a new EC2 instance: i-")
+    assert len({activity["ActivityId"] for activity in newest}) == 3
+    (latest,) = fleet.autoscaling.describe_scaling_activities(AutoScalingGroupName=fleet.name, MaxRecords=1)[
+        "Activities"
+    ]
+    assert latest == newest[0]
+
+
+def test_an_instance_that_ec2_ends_is_replaced_when_there_is_capacity(quick_cloud: LocalCloud) -> None:
+    fleet = Fleet(quick_cloud, DesiredCapacity=1)
+    (before,) = group_of(quick_cloud, fleet.name)["Instances"]
+    quick_cloud.launch_failure = NO_CAPACITY
+    fleet.ec2.terminate_instances(InstanceIds=[before["InstanceId"]])
+    assert (fleet.desired(), fleet.states()) == (1, [])
+    quick_cloud.launch_failure = None
+    await_that("the replacement is there", lambda: fleet.states() == ["InService"])
+    assert group_of(quick_cloud, fleet.name)["Instances"][0]["InstanceId"] != before["InstanceId"]
+
+
+@pytest.mark.parametrize("way", ["set desired", "update desired", "update maximum"])
+def test_an_operator_that_lowers_takes_no_protected_instance(quick_cloud: LocalCloud, way: str) -> None:
+    fleet = Fleet(quick_cloud, DesiredCapacity=2)
+    fleet.put_hook()
+    protected = fleet.protect(0)
+    if way == "set desired":
+        fleet.want(0)
+    else:
+        changes = {"DesiredCapacity": 0} if way == "update desired" else {"MaxSize": 0}
+        fleet.autoscaling.update_auto_scaling_group(AutoScalingGroupName=fleet.name, **changes)
+    assert fleet.desired() == 0
+    instances = {item["InstanceId"]: item for item in group_of(quick_cloud, fleet.name)["Instances"]}
+    assert instances.pop(protected)["LifecycleState"] == "InService"
+    (taken,) = instances.values()
+    assert taken["LifecycleState"] == "Terminating:Wait", "through the hook, not gone at once"
+    refused, ending = fleet.activities()[:2]
+    assert refused["StatusCode"] == "Cancelled"
+    assert refused["StatusMessage"].endswith("all remaining instances are protected from scale-in.")
+    assert (ending["StatusCode"], "EndTime" in ending) == ("MidLifecycleAction", False)
+    assert ending["Description"] == f"Terminating EC2 instance: {taken['InstanceId']}"
+
+    fleet.autoscaling.complete_lifecycle_action(
+        LifecycleHookName="comfy-terminating",
+        AutoScalingGroupName=fleet.name,
+        LifecycleActionResult="CONTINUE",
+        InstanceId=taken["InstanceId"],
+    )
+    await_that("it is gone", lambda: fleet.states() == ["InService"])
+    ended = [item for item in fleet.activities() if item["ActivityId"] == ending["ActivityId"]]
+    assert [item["StatusCode"] for item in ended] == ["Successful"]
+
+
+def test_an_update_keeps_what_it_does_not_name_and_its_limits(quick_cloud: LocalCloud) -> None:
+    fleet = Fleet(quick_cloud)
+    update = fleet.autoscaling.update_auto_scaling_group
+    policy = {
+        "LaunchTemplate": {
+            "LaunchTemplateSpecification": {"LaunchTemplateName": fleet.name, "Version": "$Default"},
+            "Overrides": [{"InstanceType": "g5.2xlarge"}],
+        },
+        "InstancesDistribution": {"OnDemandPercentageAboveBaseCapacity": 50},
+    }
+    update(AutoScalingGroupName=fleet.name, MixedInstancesPolicy=policy)
+    update(AutoScalingGroupName=fleet.name, MinSize=1)
+    assert (fleet.desired(), fleet.states()) == (1, ["InService"])
+    assert "MixedInstancesPolicy" in group_of(quick_cloud, fleet.name)
+    update(AutoScalingGroupName=fleet.name, LaunchTemplate={"LaunchTemplateName": fleet.name})
+    assert "MixedInstancesPolicy" not in group_of(quick_cloud, fleet.name)
+    with pytest.raises(fleet.autoscaling.exceptions.ClientError, match="must be between the specified min size"):
+        update(AutoScalingGroupName=fleet.name, DesiredCapacity=9)
+    with pytest.raises(fleet.autoscaling.exceptions.ClientError, match="Max bound, 0, must be greater"):
+        update(AutoScalingGroupName=fleet.name, MaxSize=0)
+
+
+# --- Alarms --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("expression", "values", "result"),
+    [
+        ("IF(a > 0 AND b < 1, 1, 0)", {"a": 2.0, "b": 0.0}, 1.0),
+        ("IF(a > 0 AND b < 1, 1, 0)", {"a": 0.0, "b": 0.0}, 0.0),
+        ("IF(a > 0 AND b < 1, 1, 0)", {"a": 2.0, "b": 1.0}, 0.0),
+        ("IF(a > 0 AND b < 1, 1, 0)", {"a": 2.0, "b": None}, None),
+        ("IF(a > 0 AND b < 1, 1, 0)", {"a": None, "b": 0.0}, None),
+        ("IF(FILL(a, 0) > 0 OR FILL(b, 1) < 1, 1, 0)", {"a": None, "b": None}, 0.0),
+    ],
+)
+def test_metric_math(expression: str, values: dict[str, float | None], result: float | None) -> None:
+    assert metric_math(expression, values) == result
+
+
+@pytest.mark.parametrize("expression", ["a +", "a + 1", "RATE(a)", "c > 0", "__import__('os')", "a >= 1", "FILL(a)"])
+def test_metric_math_refuses_what_it_does_not_know(expression: str) -> None:
+    with pytest.raises(ValueError, match="is not understood"):
+        metric_math(expression, {"a": 1.0})
+
+
+@pytest.fixture(scope="module")
+def net(cloud: LocalCloud, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What create_env.sh makes of alarm and policy."""
+    fleet = Fleet(cloud)
+    bundle = Bundle(tmp_path_factory.mktemp("net") / "bundle", Aws(cloud.endpoint))
+    bundle.set(PREFIX=fleet.prefix)
+    ran = bundle.run_function("ensure_alarm; ensure_alarm")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert [line.rpartition("  ")[2] for line in ran.stdout.splitlines()] == ["created", "already there"]
+    (alarm,) = fleet.cloudwatch.describe_alarms(AlarmNames=[f"{fleet.name}-first-instance"])["MetricAlarms"]
+    (policy,) = fleet.autoscaling.describe_policies(AutoScalingGroupName=fleet.name)["ScalingPolicies"]
+    assert alarm["Metrics"][2]["Expression"] == OURS
+    fleet.cloudwatch.delete_alarms(AlarmNames=[alarm["AlarmName"]])
+    settings = ("ComparisonOperator", "Threshold", "EvaluationPeriods", "TreatMissingData", "Metrics")
+    return {
+        "alarm": {name: alarm[name] for name in settings},
+        "policy": {name: policy[name] for name in ("PolicyType", "AdjustmentType", "StepAdjustments")},
+    }
+
+
+@pytest.fixture
+def make_fleet(quick_cloud: LocalCloud) -> Iterator[Callable[..., Fleet]]:
+    """Makes fleets whose alarms end with the test."""
+    fleets: list[Fleet] = []
+
+    def make(**settings: Any) -> Fleet:
+        fleets.append(Fleet(quick_cloud, **settings))
+        return fleets[-1]
+
+    yield make
+    for fleet in fleets:
+        fleet.cloudwatch.delete_alarms(AlarmNames=[fleet.name])
+
+
+def minutes_pass(cloud: LocalCloud, count: int = 3) -> None:
+    until = cloud.minutes + count
+    await_that("minutes pass", lambda: cloud.minutes >= until)
+
+
+@pytest.mark.parametrize(
+    ("before", "message", "metrics", "expression", "warmup_s", "after"),
+    [
+        pytest.param(0, True, True, OURS, 300, 1, id="adds exactly one"),
+        pytest.param(0, False, True, OURS, 300, 0, id="not without a message"),
+        pytest.param(1, True, True, OURS, 300, 1, id="not where one is wanted"),
+        pytest.param(0, True, False, OURS, 300, 0, id="not when it does not know the group"),
+        # Each defence alone holds it, and without both it runs away.
+        pytest.param(0, True, True, OURS, 0, 1, id="no warm-up"),
+        pytest.param(0, True, True, "IF(visible > 0, 1, 0)", 300, 1, id="blind"),
+        pytest.param(0, True, True, "IF(visible > 0, 1, 0)", 0, 4, id="blind and no warm-up"),
+        pytest.param(
+            1,
+            True,
+            False,
+            "IF(FILL(visible, 0) > 0 AND FILL(desired, 0) < 1, 1, 0)",
+            0,
+            4,
+            id="missing taken for zero",
+        ),
+    ],
+)
+def test_the_alarm_adds_the_first_instance(
+    make_fleet: Callable[..., Fleet],
+    net: dict[str, Any],
+    before: int,
+    message: bool,
+    metrics: bool,
+    expression: str,
+    warmup_s: int,
+    after: int,
+) -> None:
+    fleet = make_fleet(DesiredCapacity=before)
+    if metrics:
+        fleet.autoscaling.enable_metrics_collection(
+            AutoScalingGroupName=fleet.name, Granularity="1Minute", Metrics=["GroupDesiredCapacity"]
+        )
+    if message:
+        fleet.sqs.send_message(QueueUrl=fleet.queue_url, MessageBody="{}")
+    fleet.put_net(net, expression, warmup_s)
+    await_that("the group has what it should have", lambda: fleet.desired() == after)
+    minutes_pass(fleet.cloud)
+    assert (fleet.desired(), fleet.states()) == (after, ["InService"] * after)
+    if after > before:
+        assert f"a monitor alarm {fleet.name} in state ALARM triggered policy" in fleet.activities()[0]["Cause"]
+    (alarm,) = fleet.cloudwatch.describe_alarms(AlarmNames=[fleet.name])["MetricAlarms"]
+    assert alarm["StateValue"] == ("OK" if after < 4 and expression != "IF(visible > 0, 1, 0)" else "ALARM")
+
+
+def test_the_alarm_waits_for_capacity_with_everybody_else(
+    make_fleet: Callable[..., Fleet], net: dict[str, Any]
+) -> None:
+    fleet = make_fleet()
+    fleet.cloud.launch_failure = NO_CAPACITY
+    fleet.sqs.send_message(QueueUrl=fleet.queue_url, MessageBody="{}")
+    fleet.put_net(net, "IF(visible > 0, 1, 0)", 0)
+    minutes_pass(fleet.cloud)
+    assert (fleet.desired(), fleet.states()) == (1, []), "what is wanted already is not wanted again"
+
+
+def test_an_alarm_that_is_not_understood_is_said(
+    make_fleet: Callable[..., Fleet], net: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    fleet = make_fleet()
+    fleet.put_net(net, "RATE(visible)", 300)
+    await_that("it is said", lambda: "the expression 'RATE(visible)' is not understood" in caplog.text)
+    assert f"the alarm {fleet.name} is not evaluated" in caplog.text
