@@ -9,9 +9,13 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import random
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +34,9 @@ from comfy_utils import (
     Workflow,
     WorkflowRefusedError,
     aws_client,
+    capacity_problem,
     check_workflow,
+    error_code,
     error_of,
     explain_node_errors,
     is_job_id,
@@ -44,6 +50,9 @@ from comfy_utils import (
 )
 
 DEMO_WORKFLOW = HERE / "simple_workflow.json"
+
+Result = dict[str, Any]
+"""A job's result.json; its shape is in the README."""
 
 
 def submit(
@@ -144,6 +153,173 @@ class Sender:
         return self._sqs
 
 
+# --- Waiting ---------------------------------------------------------------------------------------------
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 5.0
+"""Between two rounds of looks for receipts; it grows while nothing comes."""
+LOOKS_PER_ROUND = 20
+"""Most jobs whose receipt is looked for in one round, so that many jobs cost no more requests than few."""
+FLEET_LOOK_S = 15.0
+"""Between two looks at queue and group."""
+
+
+class WaitTimeoutError(Exception):
+    """Jobs had no receipt yet when the time was up."""
+
+
+def read_result(s3: Any, bucket: str, job_id: str) -> Result | None:
+    """The job's result.json, None while it has none. Raises what boto3 raises."""
+    try:
+        body = s3.get_object(Bucket=bucket, Key=f"output/{job_id}/result.json")["Body"].read()
+    except s3.exceptions.NoSuchKey:
+        return None
+    result: Result = json.loads(body)
+    return result
+
+
+def wait_for(
+    s3: Any,
+    bucket: str,
+    job_ids: Sequence[str],
+    *,
+    timeout_s: float | None = None,
+    after_round: Callable[[], None] = lambda: None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Iterator[Result]:
+    """Yield the result.json of every job as it appears, in the order they are found.
+
+    `after_round` is called each time the receipts were looked for and some are missing still. What passes
+    (throttling, 5xx, network) is waited through and said once. Raises WaitTimeoutError after `timeout_s`
+    seconds, and what boto3 raises when it will not pass, such as a refused access.
+    """
+    unfinished = deque(dict.fromkeys(job_ids))
+    end = None if timeout_s is None else time.monotonic() + timeout_s
+    pause_s, trouble = FIRST_PAUSE_S, False
+    while unfinished:
+        found = False
+        for _ in range(min(len(unfinished), LOOKS_PER_ROUND)):
+            try:
+                result = read_result(s3, bucket, unfinished[0])
+            except Exception as error:
+                if not will_pass(error):
+                    raise
+                if not trouble:
+                    say(f"Results cannot be read just now, waiting goes on: {one_line(error)}")
+                trouble = True
+                break
+            if result is None:
+                unfinished.rotate(-1)
+                continue
+            unfinished.popleft()
+            found = True
+            yield result
+        if not unfinished:
+            return
+        after_round()
+        pause_s = FIRST_PAUSE_S if found else min(pause_s * 1.5, LONGEST_PAUSE_S)
+        if end is not None:
+            left_s = end - time.monotonic()
+            if left_s <= 0:
+                raise WaitTimeoutError
+            pause_s = min(pause_s, left_s)
+        time.sleep(pause_s)
+
+
+def will_pass(error: Exception) -> bool:
+    """Whether an AWS error is one of the network, of a busy or of a broken service, so worth another try."""
+    from botocore.exceptions import ConnectionError as NoConnectionError
+    from botocore.exceptions import HTTPClientError, IncompleteReadError
+
+    if isinstance(error, NoConnectionError | HTTPClientError | IncompleteReadError):
+        return True
+    status = (getattr(error, "response", None) or {}).get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    return status >= 500 or error_code(error) in ("SlowDown", "Throttling", "ThrottlingException", "RequestTimeout")
+
+
+def one_line(error: Exception) -> str:
+    """An error's text, which may have several lines, in one."""
+    return " ".join(str(error).split()) or repr(error)
+
+
+class FleetWatch:
+    """Says how the queue stands and what waiting jobs wait for: each sentence once until it changes."""
+
+    def __init__(self, sender: Sender, say: Callable[[str], None]) -> None:
+        self.sender = sender
+        self._say = say
+        self._said: dict[str, str | None] = {}
+        self._next_look = 0.0
+
+    def look(self, unfinished: int) -> None:
+        """Look at queue and group, unless that was less than FLEET_LOOK_S ago. Raises nothing."""
+        if time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + FLEET_LOOK_S
+        try:
+            depth = self.sender.depth(0)
+            news = f"On the queue: {depth.visible} waiting, {depth.in_flight} running"
+            all_run = depth.in_flight >= unfinished
+        except Exception as error:
+            news, all_run = f"The queue cannot be looked at: {one_line(error)}", False
+        self._tell("queue", news)
+        try:
+            settings = self.sender.settings
+            group = None if all_run else fleet_news(aws_client("autoscaling", settings.region), settings.asg_name)
+        except Exception as error:
+            group = f"The group cannot be looked at: {one_line(error)}"
+        self._tell("group", group)
+
+    def _tell(self, topic: str, sentence: str | None) -> None:
+        if sentence and sentence != self._said.get(topic):
+            self._say(sentence)
+        self._said[topic] = sentence
+
+
+def fleet_news(autoscaling: Any, asg_name: str) -> str | None:
+    """What keeps the group from having the instances it should have, in one sentence; None when it has them.
+
+    None also where there is no such group. Raises what boto3 raises, but needs no permission to see why
+    launches fail.
+    """
+    groups = autoscaling.describe_auto_scaling_groups(AutoScalingGroupNames=[asg_name])["AutoScalingGroups"]
+    if not groups:
+        return None
+    desired = groups[0]["DesiredCapacity"]
+    if desired == 0:
+        return f"No instance is wanted: raise the desired capacity of {asg_name}, or MAX_INSTANCES if it is 0"
+    states = [instance["LifecycleState"] for instance in groups[0]["Instances"]]
+    missing = desired - states.count("InService")
+    if missing <= 0:
+        return None
+    unseen = ""
+    try:
+        problem = capacity_problem(autoscaling, asg_name)
+        if problem:
+            return problem[0].upper() + problem[1:]
+    except Exception as error:
+        unseen = f"; whether launches fail cannot be seen: {one_line(error)}"
+    booting = sum(state.startswith("Pending") for state in states)
+    if booting:
+        return f"{count(booting, 'instance')} {'is' if booting == 1 else 'are'} booting{unseen}"
+    return f"{count(missing, 'instance')} {'is' if missing == 1 else 'are'} asked of AWS{unseen}"
+
+
+def count(number: int, thing: str) -> str:
+    """`1 job`, `2 jobs`."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
+
+
+def tell_result(result: Result) -> str:
+    """How a job ended, in one line."""
+    if result["status"] != "succeeded":
+        return f"Job {result['job_id']} failed: {result['error']['message']}"
+    timings = result["timings"]
+    return (
+        f"Job {result['job_id']} succeeded in {timings['run_s']:.1f} s, "
+        f"waited {timings['wait_s']:.1f} s: {count(len(result['outputs']), 'file')}"
+    )
+
+
 # --- Workflows -------------------------------------------------------------------------------------------
 
 
@@ -235,6 +411,55 @@ def run_direct(address: str, workflows: Sequence[Workflow], folder: Path) -> int
     return 1 if failed else 0
 
 
+def run_wait(sender: Sender, job_ids: Sequence[str], timeout_s: float | None) -> int:
+    """Tell of each job's end until all have ended; returns the exit code."""
+    say = partial(print, flush=True)
+    bucket, total = sender.settings.s3_bucket, len(job_ids)
+    unfinished = dict.fromkeys(job_ids)
+    failed, told = 0, -1
+    fleet = FleetWatch(sender, say)
+
+    def say_how_far() -> None:
+        nonlocal told
+        if told != len(unfinished):
+            told = len(unfinished)
+            say(f"{total - told} of {count(total, 'job')} done" + (f", {failed} failed" if failed else ""))
+
+    def after_round() -> None:
+        say_how_far()
+        fleet.look(len(unfinished))
+
+    def give_up(reason: str) -> None:
+        alone = len(unfinished) == 1
+        print(
+            f"send_job.py: {reason}: {len(unfinished)} of {count(total, 'job')} had no result yet and "
+            f"{'goes' if alone else 'go'} on; look for {'it' if alone else 'them'} with: "
+            f"aws s3 cp s3://{bucket}/output/{next(iter(unfinished)) if alone else 'JOB_ID'}/result.json -",
+            file=sys.stderr,
+        )
+
+    try:
+        s3 = aws_client("s3", sender.settings.region)
+        for result in wait_for(s3, bucket, job_ids, timeout_s=timeout_s, after_round=after_round, say=say):
+            del unfinished[result["job_id"]]
+            failed += result["status"] != "succeeded"
+            say(tell_result(result))
+        say_how_far()
+    except KeyboardInterrupt:
+        give_up("interrupted")
+        return 130
+    except WaitTimeoutError:
+        give_up(f"not done after {timeout_s:g} s")
+        return 3
+    except Exception as error:
+        remedy = (
+            f" (s3:GetObject and s3:ListBucket on {bucket} are needed)" if error_code(error) == "AccessDenied" else ""
+        )
+        give_up(f"results cannot be read: {one_line(error)}{remedy}")
+        return 1
+    return 1 if failed else 0
+
+
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line, checked for what belongs together."""
     parser = argparse.ArgumentParser(
@@ -249,6 +474,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--env", metavar="NAME", help="the environment, instead of ENV in the settings")
     parser.add_argument("--exec-cmd", metavar="CMD", help="send a shell command instead of a workflow")
     parser.add_argument("--callback-url", metavar="URL", help="POST the result there")
+    parser.add_argument("--wait", action="store_true",
+                        help="wait for the results and tell of each; exits with 1 when a job failed")  # fmt: skip
+    parser.add_argument("--timeout", type=float, metavar="SECONDS",
+                        help="with --wait: stop waiting then and exit with 3; without it a job that ended in the "
+                        "dead-letter queue, which gets no result, is waited for without end")  # fmt: skip
     parser.add_argument(
         "--direct", metavar="HOST:PORT", help="run on this ComfyUI instead, without AWS, and save the files"
     )
@@ -262,11 +492,18 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--exec-cmd sends a command: leave out WORKFLOW.json, --set and --direct")
     if parsed.exec_cmd is not None and not parsed.exec_cmd.strip():
         parser.error("--exec-cmd is empty: name a shell command")
+    if parsed.wait and parsed.direct:
+        parser.error("--direct waits by itself: leave out --wait")
+    if parsed.timeout is not None and not parsed.wait:
+        parser.error("--timeout bounds --wait: add it, or leave out --timeout")
+    if parsed.timeout is not None and not 0 < parsed.timeout < math.inf:
+        parser.error(f"--timeout {parsed.timeout:g}: wait for more than 0 seconds, or leave it out to wait on")
     return parsed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns 0 when all was sent (with --direct: succeeded), 1 for a failure, 2 for bad input."""
+    """The command line; returns 0 when all was sent (with --direct and --wait: succeeded), 1 for a failure,
+    2 for bad input, 3 when --timeout was up, 130 when waiting was interrupted."""
     options = parse_arguments(arguments)
     try:
         bodies = make_bodies(options)
@@ -279,20 +516,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ComfyGoneError, JobTimeoutError) as error:
         print(f"send_job.py: {error}", file=sys.stderr)
         return 1
-    sent = 0
+    job_ids: list[str] = []
     try:
         for body in bodies:
             job_id = sender.send(body, callback_url=options.callback_url)
-            sent += 1
+            job_ids.append(job_id)
             print(f"Message sent successfully: {job_id}")
     except Exception as error:
         queue = sender.settings.sqs_name
-        print(f"send_job.py: {sent} of {len(bodies)} jobs sent to {queue}: {error}", file=sys.stderr)
+        print(f"send_job.py: {len(job_ids)} of {len(bodies)} jobs sent to {queue}: {error}", file=sys.stderr)
     else:
         print("Job submitted successfully")
-    if sent:
-        sender.raise_capacity(sent, say=print)
-    return 0 if sent == len(bodies) else 1
+    if job_ids:
+        sender.raise_capacity(len(job_ids), say=print)
+    unsent = 0 if len(job_ids) == len(bodies) else 1
+    if options.wait and job_ids:
+        return run_wait(sender, job_ids, options.timeout) or unsent
+    return unsent
 
 
 def make_bodies(options: argparse.Namespace) -> list[dict[str, Any]]:

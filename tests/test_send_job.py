@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import json
+import signal
+import subprocess
 import time
-from collections.abc import Callable
+import types
+from collections import Counter
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError, ResponseStreamingError
 from conftest import ROOT, Site, image_workflow
-from local_cloud import LocalCloud
+from local_cloud import Fault, LocalCloud
 
 import send_job
-from comfy_utils import InvalidWorkflowError, is_job_id, load_settings
+from comfy_utils import (
+    LAUNCH_FAILURE_AGE_S,
+    InvalidWorkflowError,
+    QueueDepth,
+    capacity_problem,
+    explain_launch_failure,
+    is_job_id,
+    load_settings,
+)
 
 
 def bodies(site: Site) -> list[dict[str, Any]]:
@@ -216,8 +232,11 @@ def test_bad_input_is_one_sentence_and_nothing_is_sent(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--count", "0"], ["--count", "x"], ["--exec-cmd", ""], ["--exec-cmd", "ls", "x.json"], ["--bogus"]]
-)
+    "arguments",
+    [["--count", "0"], ["--count", "x"], ["--exec-cmd", ""], ["--exec-cmd", "ls", "x.json"], ["--bogus"],
+     ["--wait", "--direct", "127.0.0.1:9"], ["--timeout", "5"], ["--wait", "--timeout", "0"],
+     ["--wait", "--timeout", "nan"], ["--wait", "--timeout", "inf"]],
+)  # fmt: skip
 def test_misuse_shows_the_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         send_job.main(arguments)
@@ -271,3 +290,527 @@ def test_direct_needs_a_comfyui_that_answers(busy_site: Site) -> None:
     assert ran.returncode == 1
     assert ran.stderr.startswith("send_job.py: ComfyUI on 127.0.0.1:9 does not answer")
     assert time.monotonic() - started < 60
+
+
+# --- Waiting: the command line ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sending(make_site: Callable[..., Site]) -> Iterator[Callable[..., tuple[Site, subprocess.Popen[str]]]]:
+    """Starts send_job.py in a new site, to be watched as it runs."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str, site: Site | None = None) -> tuple[Site, subprocess.Popen[str]]:
+        site = site or make_site()
+        # A shell that starts tests in the background has them ignore Ctrl-C, and their children with them.
+        command = ["env", "--default-signal=INT", "python", "send_job.py", *arguments]
+        process = subprocess.Popen(
+            command,
+            cwd=site.folder,
+            env=site.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return site, process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def read_until(process: subprocess.Popen[str], beginning: str) -> list[str]:
+    """The lines it prints, up to and with the first that begins like this."""
+    lines: list[str] = []
+    assert process.stdout
+    for line in process.stdout:
+        lines.append(line.rstrip("\n"))
+        if lines[-1].startswith(beginning):
+            return lines
+    raise AssertionError(f"it ended without {beginning!r}: {lines} {process.stderr and process.stderr.read()}")
+
+
+def store(site: Site, job_id: str, **more: Any) -> None:
+    """Put a receipt into the bucket, as a worker does."""
+    site.s3.put_object(
+        Bucket=site.bucket, Key=f"output/{job_id}/result.json", Body=json.dumps(receipt(job_id, **more)).encode()
+    )
+
+
+def receipt(job_id: str, **more: Any) -> dict[str, Any]:
+    timings = {"wait_s": 160.21, "run_s": 12.34}
+    return {"job_id": job_id, "status": "succeeded", "outputs": [], "error": None, "timings": timings} | more
+
+
+def ids_of(lines: list[str]) -> list[str]:
+    words = "Message sent successfully: "
+    return [line.removeprefix(words) for line in lines if line.startswith(words)]
+
+
+def test_waiting_tells_of_every_job(busy_site: Site) -> None:
+    (busy_site.folder / "good.json").write_text(json.dumps(image_workflow()))
+    ran = busy_site.run("python", "send_job.py", "good.json", "--count", "2", "--wait")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    lines = ran.stdout.splitlines()
+    for job_id in ids_of(lines):
+        timings = busy_site.await_result(job_id)["timings"]
+        said = f"Job {job_id} succeeded in {timings['run_s']:.1f} s, waited {timings['wait_s']:.1f} s: 1 file"
+        assert lines.count(said) == 1
+    assert lines[-1] == "2 of 2 jobs done"
+
+
+def test_a_job_that_fails_is_told_and_makes_the_exit_code(busy_site: Site) -> None:
+    ran = busy_site.run("python", "send_job.py", "--exec-cmd", "exit 3", "--wait", "--timeout", "80")
+    (job_id,) = ids_of(ran.stdout.splitlines())
+    message = busy_site.await_result(job_id)["error"]["message"]
+    assert ran.stdout.splitlines()[-2:] == [f"Job {job_id} failed: {message}", "1 of 1 job done, 1 failed"]
+    assert (ran.returncode, ran.stderr) == (1, "")
+
+
+def test_only_changes_are_printed(sending: Callable[..., tuple[Site, subprocess.Popen[str]]]) -> None:
+    site, process = sending("--exec-cmd", "true", "--count", "3", "--wait")
+    first, second, third = ids_of(read_until(process, "0 of 3 jobs done"))
+    store(site, second, outputs=[{}, {}])
+    more = read_until(process, "1 of 3 jobs done")
+    assert more[-2] == f"Job {second} succeeded in 12.3 s, waited 160.2 s: 2 files"
+    assert [line for line in more[:-2] if not line.startswith("On the queue: ")] == []
+    store(site, first, status="failed", error={"message": "node 1 X: no"})
+    store(site, third)
+    out, err = process.communicate(timeout=60)
+    assert f"Job {first} failed: node 1 X: no" in out
+    assert f"Job {third} succeeded in 12.3 s, waited 160.2 s: 0 files" in out
+    assert out.endswith("3 of 3 jobs done, 1 failed\n")
+    assert (process.returncode, err) == (1, "")
+
+
+def test_the_time_limit_ends_the_waiting_only(make_site: Callable[..., Site]) -> None:
+    site = make_site()
+    ran = site.run("python", "send_job.py", "--exec-cmd", "true", "--wait", "--timeout", "0.2")
+    (job_id,) = ids_of(ran.stdout.splitlines())
+    assert ran.returncode == 3
+    assert ran.stderr == (
+        "send_job.py: not done after 0.2 s: 1 of 1 job had no result yet and goes on; "
+        f"look for it with: aws s3 cp s3://{site.bucket}/output/{job_id}/result.json -\n"
+    )
+    assert site.depth() == (1, 0)
+
+
+def test_ctrl_c_ends_the_waiting_only(sending: Callable[..., tuple[Site, subprocess.Popen[str]]]) -> None:
+    site, process = sending("--exec-cmd", "true", "--count", "2", "--wait")
+    read_until(process, "0 of 2 jobs done")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == (
+        "send_job.py: interrupted: 2 of 2 jobs had no result yet and go on; "
+        f"look for them with: aws s3 cp s3://{site.bucket}/output/JOB_ID/result.json -\n"
+    )
+    assert site.depth() == (2, 0)
+
+
+def test_a_refused_bucket_ends_the_waiting_with_the_remedy(
+    cloud: LocalCloud, make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = make_site()
+    denied = Fault(403, "AccessDenied")
+    monkeypatch.setattr(cloud, "fault", lambda service, call: denied if (service, call) == ("s3", "GET") else None)
+    ran = site.run("python", "send_job.py", "--exec-cmd", "true", "--wait")
+    assert ran.returncode == 1
+    assert ran.stderr.startswith("send_job.py: results cannot be read: ")
+    assert f"(s3:GetObject and s3:ListBucket on {site.bucket} are needed)" in ran.stderr
+    assert ran.stderr.count("\n") == 1
+
+
+def test_jobs_that_were_sent_are_waited_for_when_others_could_not_be(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    site = make_site()
+    for name, value in (site.environment() | {"ENV": site.env}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(send_job, "load_settings", lambda _: load_settings(None, site.folder / "env"))
+    send = send_job.Sender.send
+
+    def send_one(self: send_job.Sender, *arguments: Any, **more: Any) -> str:
+        if site.depth() != (0, 0):
+            raise ConnectionError("the line is cut")
+        job_id = send(self, *arguments, **more)
+        store(site, job_id)
+        return job_id
+
+    monkeypatch.setattr(send_job.Sender, "send", send_one)
+    assert send_job.main(["--exec-cmd", "true", "--count", "2", "--wait"]) == 1
+    said = capsys.readouterr()
+    assert "1 of 2 jobs sent" in said.err
+    assert said.out.endswith("1 of 1 job done\n")
+
+
+# --- Waiting: receipts -----------------------------------------------------------------------------------
+
+
+def client_error(status: int, code: str, operation: str = "GetObject") -> ClientError:
+    answer = {"Error": {"Code": code, "Message": "no"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    return ClientError(answer, operation)
+
+
+class Bucket:
+    """An S3 client with a clock of its own: each receipt appears at a second of it, errors come first."""
+
+    class exceptions:  # noqa: N801
+        NoSuchKey = KeyError
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, done_at: dict[str, float], *errors: Exception) -> None:
+        self.now = 0.0
+        self.done_at = done_at
+        self.errors = list(errors)
+        self.asked: list[tuple[float, str]] = []
+        clock = types.SimpleNamespace(monotonic=lambda: self.now, sleep=self.sleep)
+        monkeypatch.setattr(send_job, "time", clock)
+
+    def sleep(self, seconds: float) -> None:
+        assert seconds > 0
+        self.now += seconds
+
+    def get_object(self, Bucket: str, Key: str) -> dict[str, Any]:  # noqa: N803
+        assert Bucket == "bucket"
+        job_id = Key.split("/")[1]
+        self.asked.append((self.now, job_id))
+        if self.errors:
+            raise self.errors.pop(0)
+        if self.now < self.done_at[job_id]:
+            raise KeyError(Key)
+        return {"Body": io.BytesIO(json.dumps(receipt(job_id)).encode())}
+
+    def wait(self, **more: Any) -> list[tuple[float, str]]:
+        """(when, which) of each receipt."""
+        found = send_job.wait_for(self, "bucket", list(self.done_at), **more)
+        return [(self.now, result["job_id"]) for result in found]
+
+
+def test_receipts_come_as_they_appear(monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket = Bucket(monkeypatch, {"a": 9, "b": 0, "c": 9})
+    found = bucket.wait()
+    assert found[0] == (0, "b")
+    assert sorted(job for _, job in found[1:]) == ["a", "c"]
+    assert 9 <= found[1][0] <= 9 + send_job.LONGEST_PAUSE_S
+    assert Counter(job for _, job in bucket.asked)["b"] == 1, "a finished job is not looked for again"
+
+
+def test_looks_grow_rare_while_nothing_comes_and_frequent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket = Bucket(monkeypatch, {"a": 600, "b": 10_000})
+    found = bucket.wait()
+    moments = [moment for moment, job in bucket.asked if job == "b"]
+    pauses = [later - sooner for sooner, later in itertools.pairwise(moments)]
+    assert pauses[0] <= 1
+    assert max(pauses) == send_job.LONGEST_PAUSE_S
+    after = moments.index(found[0][0])
+    assert pauses[after] == send_job.FIRST_PAUSE_S, "where one is done others will be soon"
+
+
+def test_many_jobs_cost_no_more_looks_than_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = {f"job{number}": 0.0 if number == 99 else 1000.0 for number in range(100)}
+    bucket = Bucket(monkeypatch, jobs)
+    found = bucket.wait()
+    assert len(found) == 100
+    assert max(Counter(moment for moment, _ in bucket.asked).values()) == send_job.LOOKS_PER_ROUND
+    assert found[0][1] == "job99", "everyone has a turn"
+    assert found[0][0] < 60
+
+
+def test_after_the_time_limit_one_last_look_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Bucket(monkeypatch, {"a": 7.0}).wait(timeout_s=7) == [(7, "a")]
+    bucket = Bucket(monkeypatch, {"a": 7.1})
+    with pytest.raises(send_job.WaitTimeoutError):
+        bucket.wait(timeout_s=7)
+    assert bucket.now == 7
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        client_error(503, "SlowDown"),
+        client_error(500, "InternalError"),
+        client_error(400, "RequestTimeout"),
+        client_error(400, "ThrottlingException"),
+        EndpointConnectionError(endpoint_url="https://s3"),
+        ResponseStreamingError(error="cut"),
+    ],
+    ids=str,
+)
+def test_what_passes_is_waited_through_and_said_once(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    said: list[str] = []
+    bucket = Bucket(monkeypatch, {"a": 0, "b": 0}, error, error)
+    assert sorted(job for _, job in bucket.wait(say=said.append)) == ["a", "b"]
+    assert said == [f"Results cannot be read just now, waiting goes on: {error}"]
+    assert [moment for moment, _ in bucket.asked[:3]] == [0, 0.75, 1.875], "one try a round"
+
+
+@pytest.mark.parametrize(
+    "error", [client_error(403, "AccessDenied"), client_error(404, "NoSuchBucket"), NoCredentialsError()], ids=str
+)
+def test_what_will_not_pass_ends_the_waiting(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    with pytest.raises(type(error)):
+        Bucket(monkeypatch, {"a": 0}, error).wait()
+
+
+# --- Waiting: what the fleet does ------------------------------------------------------------------------
+
+
+class Group:
+    """An Auto Scaling client: one group, its instances' states, its activities. Exceptions stand for answers."""
+
+    def __init__(self, desired: int = 0, states: str = "", activities: object = (), *, there: bool = True) -> None:
+        self.group = {
+            "DesiredCapacity": desired,
+            "Instances": [{"LifecycleState": state} for state in states.split()],
+        }
+        self.activities = activities
+        self.there = there
+
+    def describe_auto_scaling_groups(self, AutoScalingGroupNames: list[str]) -> dict[str, Any]:  # noqa: N803
+        assert AutoScalingGroupNames == ["asg"]
+        return {"AutoScalingGroups": [self.group] if self.there else []}
+
+    def describe_scaling_activities(self, AutoScalingGroupName: str, MaxRecords: int) -> dict[str, Any]:  # noqa: N803
+        assert (AutoScalingGroupName, MaxRecords) == ("asg", 20)
+        if isinstance(self.activities, Exception):
+            raise self.activities
+        return {"Activities": self.activities}
+
+
+def activity(status: str, age_s: float = 0, words: str | None = None, description: str = "") -> dict[str, Any]:
+    """A launch as AWS describes it; with an instance unless it failed or only begins."""
+    failed = status in ("Failed", "Cancelled")
+    description = description or (
+        f"Launching a new EC2 instance.  Status Reason: {words}" if failed else "Launching a new EC2 instance: i-0abc"
+    )
+    started = datetime.now(UTC) - timedelta(seconds=age_s)
+    return {"StatusCode": status, "StartTime": started, "Description": description} | (
+        {"StatusMessage": words} if words else {}
+    )
+
+
+FULL = (
+    "We currently do not have sufficient g5.2xlarge capacity in the Availability Zone you requested (us-west-2a). "
+    "Our system will be working on provisioning additional capacity. You can currently get g5.2xlarge capacity by not "
+    "specifying an Availability Zone in your request or choosing us-west-2b, us-west-2c. Launching EC2 instance failed."
+)
+FULL_SAYS = (
+    "AWS has no g5.2xlarge free in us-west-2a just now: it is tried again by itself; "
+    "more types in INSTANCE_TYPES find room sooner"
+)
+QUOTA = (
+    "You have requested more vCPU capacity than your current vCPU limit of 8 allows for the instance bucket that the "
+    "specified instance type belongs to. Please visit http://aws.amazon.com/contact-us/ec2-request to request an "
+    "adjustment to this limit. Launching EC2 instance failed."
+)
+QUOTA_SAYS = (
+    "the account's quota of 8 vCPUs leaves no room for another instance: raise 'Running On-Demand G and VT instances' "
+    "(for a type g…; other types have quotas of their own) in Service Quotas"
+)
+SPOT_SAYS = (
+    "AWS has no spot instance of this kind free just now: it is tried again by itself; "
+    "more types in INSTANCE_TYPES find room sooner"
+)
+NOT_READY_SAYS = (
+    "the image is not ready yet: instances start by themselves once it is, some minutes after create_env.sh"
+)
+
+
+@pytest.mark.parametrize(
+    ("message", "sentence"),
+    [
+        (FULL, FULL_SAYS),
+        (f"Could not launch On-Demand Instances. InsufficientInstanceCapacity - {FULL}", FULL_SAYS),
+        (QUOTA, QUOTA_SAYS),
+        (f"Could not launch On-Demand Instances. VcpuLimitExceeded - {QUOTA}", QUOTA_SAYS),
+        (QUOTA.replace("of 8", "of 0"), QUOTA_SAYS.replace("of 8", "of 0")),
+        ("There is no Spot capacity available that matches your request. Launching EC2 instance failed.", SPOT_SAYS),
+        (
+            "Could not launch Spot Instances. UnfulfillableCapacity - Unable to fulfill capacity due to your request "
+            "configuration. Please adjust your request and try again. Launching EC2 instance failed.",
+            SPOT_SAYS,
+        ),
+        (
+            "Could not launch On-Demand Instances. UnfulfillableCapacity - Unable to fulfill capacity due to your "
+            "request configuration. Please adjust your request and try again. Launching EC2 instance failed.",
+            SPOT_SAYS.replace("spot instance", "instance"),
+        ),
+        (
+            "Could not launch Spot Instances. MaxSpotInstanceCountExceeded - Max spot instance count exceeded. "
+            "Launching EC2 instance failed.",
+            "the account's quota for spot instances is used up: raise 'All G and VT Spot Instance Requests' "
+            "(for a type g…; other types have quotas of their own) in Service Quotas",
+        ),
+        (
+            "Your requested instance type (g5.2xlarge) is not supported in your requested Availability Zone "
+            "(us-west-2d). Please retry your request by not specifying an Availability Zone or choosing us-west-2a. "
+            "Launching EC2 instance failed.",
+            "there is no g5.2xlarge in us-west-2d: other zones are tried by themselves; "
+            "more types in INSTANCE_TYPES find room sooner",
+        ),
+        ("AMI ami-0abc12 is pending, and cannot be run. Launching EC2 instance failed.", NOT_READY_SAYS),
+        (
+            "Could not launch On-Demand Instances. InvalidAMIID.Unavailable - The image ID 'ami-0abc12' is not "
+            "available. Launching EC2 instance failed.",
+            NOT_READY_SAYS,
+        ),
+        (
+            "The image id '[ami-0abc12]' does not exist. Launching EC2 instance failed.",
+            "the fleet's image ami-0abc12 does not exist any more: run create_env.sh again",
+        ),
+        (
+            "The AMI ID ami-0abc12 does not exist. Launching EC2 instance failed.",
+            "the fleet's image ami-0abc12 does not exist any more: run create_env.sh again",
+        ),
+        (
+            "Instance became unhealthy while waiting for instance to be in InService state. Termination Reason: "
+            "Client.InternalError: Client error on launch",
+            "an instance ended as it started, most likely because its disk's key is refused: "
+            "let the role AWSServiceRoleForAutoScaling use the KMS key",
+        ),
+        (
+            "Value (comfy) for parameter iamInstanceProfile.name is invalid. Invalid IAM Instance Profile name. "
+            "Launching EC2 instance failed.",
+            "AWS cannot launch what the launch template says (Value (comfy) for parameter iamInstanceProfile.name is "
+            "invalid): run create_env.sh again",
+        ),
+        (
+            "The security group 'sg-0abc' does not exist. Launching EC2 instance failed.",
+            "AWS cannot launch what the launch template says (The security group 'sg-0abc' does not exist): "
+            "run create_env.sh again",
+        ),
+        (
+            "Could not launch On-Demand Instances. InvalidParameterCombination - The specified instance type is not "
+            "eligible for Free Tier. For a list, run 'describe-instance-types'. Launching EC2 instance failed.",
+            "AWS launches no instance: InvalidParameterCombination - The specified instance type is not eligible for "
+            "Free Tier",
+        ),
+        (
+            "This account is currently blocked and not recognized as a valid account. Launching EC2 instance failed.",
+            "AWS launches no instance: This account is currently blocked and not recognized as a valid account",
+        ),
+        ("x" * 1000, "AWS launches no instance: " + "x" * 300),
+        ("{words} {0}", "AWS launches no instance: {words} {0}"),
+    ],
+)
+def test_the_sentence_for_a_failed_launch(message: str, sentence: str) -> None:
+    assert explain_launch_failure(message) == sentence
+
+
+@pytest.mark.parametrize(
+    ("activities", "problem"),
+    [
+        ([], None),
+        ([activity("Failed", 5, FULL)], FULL_SAYS),
+        ([activity("Cancelled", 5, FULL)], FULL_SAYS),
+        ([activity("Cancelled", 5)], None),
+        ([activity("Successful", 1), activity("Failed", 5, FULL)], None),
+        ([activity("PreInService", 1), activity("Failed", 5, FULL)], None),
+        ([activity("Failed", 1, FULL), activity("Successful", 5)], FULL_SAYS),
+        ([activity("Failed", 1, QUOTA), activity("Failed", 5, FULL)], QUOTA_SAYS),
+        ([activity("Failed", 5, FULL), activity("Failed", 1, QUOTA)], QUOTA_SAYS),
+        # A try that is under way has no instance yet, and AWS lists it first.
+        ([activity("WaitingForInstanceId", 1, description="Launching a new EC2 instance"),
+          activity("Failed", 5, FULL)], FULL_SAYS),
+        ([activity("Successful", 1, description="Terminating EC2 instance: i-0abc"),
+          activity("Failed", 5, FULL)], FULL_SAYS),
+        ([activity("Failed", 5, FULL, description="Terminating EC2 instance: i-0abc")], None),
+        ([activity("Failed", LAUNCH_FAILURE_AGE_S + 5, FULL)], None),
+    ],
+)  # fmt: skip
+def test_the_newest_launch_that_was_decided_tells(activities: list[dict[str, Any]], problem: str | None) -> None:
+    assert capacity_problem(Group(activities=activities), "asg") == problem
+
+
+DENIED = client_error(403, "AccessDenied", "DescribeScalingActivities")
+
+
+@pytest.mark.parametrize(
+    ("group", "news"),
+    [
+        (Group(there=False), None),
+        (Group(2, "InService InService", [activity("Failed", 5, FULL)]), None),
+        (Group(0), "No instance is wanted: raise the desired capacity of asg, or MAX_INSTANCES if it is 0"),
+        (Group(2), "2 instances are asked of AWS"),
+        (Group(1), "1 instance is asked of AWS"),
+        (Group(3, "InService Pending Pending:Wait"), "2 instances are booting"),
+        (Group(1, "Terminating:Wait Pending"), "1 instance is booting"),
+        (Group(2, "Pending", [activity("Failed", 5, FULL)]), FULL_SAYS),
+        (Group(2, "InService", [activity("Failed", 5, QUOTA)]), "T" + QUOTA_SAYS[1:]),
+        (Group(1, "", DENIED), f"1 instance is asked of AWS; whether launches fail cannot be seen: {DENIED}"),
+    ],
+)
+def test_what_is_said_of_the_group(group: Group, news: str | None) -> None:
+    assert send_job.fleet_news(group, "asg") == news
+
+
+class Watched:
+    """A FleetWatch on stand-ins and a clock that tests move."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.looks = 100.0, 0
+        self.depth: QueueDepth | Exception = QueueDepth(2, 0)
+        self.news: str | Exception | None = "1 instance is booting"
+        self.said: list[str] = []
+        monkeypatch.setattr(send_job, "time", types.SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(send_job, "aws_client", lambda *_: None)
+        monkeypatch.setattr(send_job, "fleet_news", lambda *_: self.answer(self.news))
+        settings = types.SimpleNamespace(region="us-west-2", asg_name="asg")
+        sender: Any = types.SimpleNamespace(settings=settings, depth=lambda _: self.answer(self.depth))
+        self.watch = send_job.FleetWatch(sender, self.said.append)
+
+    def answer(self, value: Any) -> Any:
+        self.looks += 1
+        if isinstance(value, Exception):
+            raise value
+        return value
+
+    def look(self, unfinished: int = 2, after_s: float = send_job.FLEET_LOOK_S) -> list[str]:
+        """What is said now."""
+        self.now += after_s
+        self.said.clear()
+        self.watch.look(unfinished)
+        return list(self.said)
+
+
+def test_each_sentence_is_said_once_until_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = Watched(monkeypatch)
+    assert watched.look() == ["On the queue: 2 waiting, 0 running", "1 instance is booting"]
+    assert watched.look() == []
+    watched.news = None
+    assert watched.look() == []
+    watched.news = "1 instance is booting"
+    assert watched.look() == ["1 instance is booting"]
+    watched.depth = QueueDepth(1, 1)
+    assert watched.look() == ["On the queue: 1 waiting, 1 running"]
+
+
+def test_queue_and_group_are_looked_at_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = Watched(monkeypatch)
+    watched.look()
+    looks = watched.looks
+    watched.look(after_s=send_job.FLEET_LOOK_S - 0.1)
+    assert watched.looks == looks
+    watched.look(after_s=0.1)
+    assert watched.looks > looks
+
+
+def test_nothing_is_said_of_the_group_when_every_job_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = Watched(monkeypatch)
+    watched.depth = QueueDepth(0, 2)
+    assert watched.look() == ["On the queue: 0 waiting, 2 running"]
+    assert watched.look(unfinished=3) == ["1 instance is booting"]
+
+
+def test_a_look_that_fails_is_said_once_and_waiting_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    watched = Watched(monkeypatch)
+    watched.news = client_error(403, "AccessDenied", "DescribeAutoScalingGroups")
+    watched.depth = client_error(403, "AccessDenied", "GetQueueAttributes")
+    assert watched.look() == [
+        f"The queue cannot be looked at: {watched.depth}",
+        f"The group cannot be looked at: {watched.news}",
+    ]
+    assert watched.look() == []
