@@ -375,43 +375,75 @@ def queue_depth(sqs: Any, queue_url: str) -> QueueDepth:
     return QueueDepth(*(int(values[name]) for name in names))
 
 
-def desired_capacity(depth: QueueDepth, *, backlog_per_instance: int, min_instances: int, max_instances: int) -> int:
-    """How many instances the queue calls for: ceil((visible + in flight) / backlog), within the limits.
+RUNNING_PER_WAITING = 3
+"""So many running jobs call for as much as one that waits: each has its worker, and is partly done."""
 
-    Pure, and the same number for everyone who asks: equal answers make duplicate calls harmless.
+
+def desired_capacity(
+    depth: QueueDepth, *, backlog_per_instance: int, min_instances: int, max_instances: int, long_jobs: int = 0
+) -> int:
+    """How many instances the queue calls for.
+
+    ceil((visible + (in flight - long_jobs) / RUNNING_PER_WAITING) / backlog) + long_jobs, within the limits.
+    `long_jobs` is how many of the jobs in flight are known to be long: each keeps a whole worker from
+    the others (parse_job.py's QueueHistory tells; a sender knows of none). Pure, so that equal answers make duplicate
+    calls harmless. tests/bench_scaling.py measures the formula against others.
     """
-    wanted = math.ceil((depth.visible + depth.in_flight) / backlog_per_instance)
+    long_jobs = min(long_jobs, depth.in_flight)
+    weight = depth.visible * RUNNING_PER_WAITING + depth.in_flight - long_jobs
+    wanted = long_jobs + -(-weight // (RUNNING_PER_WAITING * backlog_per_instance))
     return max(min_instances, min(wanted, max_instances))
 
 
+class Group(NamedTuple):
+    """What scaling needs to know of an Auto Scaling group."""
+
+    desired: int
+    min_size: int
+    max_size: int
+    in_service: list[str]
+    """Ids of the instances that are in service, so neither booting nor on their way out."""
+
+
+def read_group(autoscaling: Any, asg_name: str) -> Group | None:
+    """Ask AWS how the group stands; None where there is no such group."""
+    answer = autoscaling.describe_auto_scaling_groups(AutoScalingGroupNames=[asg_name])
+    for group in answer["AutoScalingGroups"]:
+        in_service = [item["InstanceId"] for item in group["Instances"] if item["LifecycleState"] == "InService"]
+        return Group(group["DesiredCapacity"], group["MinSize"], group["MaxSize"], in_service)
+    return None
+
+
 class Capacity(NamedTuple):
-    """The group's desired capacity before a look at it, and after."""
+    """The group's desired capacity before a look at it, and after; `missing` of its instances are not in service."""
 
     before: int
     after: int
+    missing: int
 
 
-def raise_capacity(autoscaling: Any, asg_name: str, depth: QueueDepth, backlog_per_instance: int) -> Capacity | None:
+def raise_capacity(
+    autoscaling: Any, asg_name: str, depth: QueueDepth, backlog_per_instance: int, long_jobs: int = 0
+) -> Capacity | None:
     """Raise the group's desired capacity to what the queue calls for; never lower it.
 
-    Returns None where there is no such group. One absolute step without cooldown; a failed read
-    raises and changes nothing.
+    Returns None where there is no such group. One absolute step without cooldown, decided on a desired capacity
+    that was read just before it; a failed read raises and changes nothing.
     """
-    answer = autoscaling.describe_auto_scaling_groups(AutoScalingGroupNames=[asg_name])
-    if not answer["AutoScalingGroups"]:
+    group = read_group(autoscaling, asg_name)
+    if group is None:
         return None
-    group = answer["AutoScalingGroups"][0]
     wanted = desired_capacity(
         depth,
         backlog_per_instance=backlog_per_instance,
-        min_instances=group["MinSize"],
-        max_instances=group["MaxSize"],
+        min_instances=group.min_size,
+        max_instances=group.max_size,
+        long_jobs=long_jobs,
     )
-    current = group["DesiredCapacity"]
-    if wanted <= current:
-        return Capacity(current, current)
-    autoscaling.set_desired_capacity(AutoScalingGroupName=asg_name, DesiredCapacity=wanted, HonorCooldown=False)
-    return Capacity(current, wanted)
+    if wanted > group.desired:
+        autoscaling.set_desired_capacity(AutoScalingGroupName=asg_name, DesiredCapacity=wanted, HonorCooldown=False)
+    after = max(wanted, group.desired)
+    return Capacity(group.desired, after, missing=after - len(group.in_service))
 
 
 LAUNCH_FAILURE_AGE_S = 900

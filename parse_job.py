@@ -13,6 +13,7 @@ import ipaddress
 import json
 import logging
 import logging.handlers
+import math
 import mimetypes
 import os
 import random
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -33,10 +35,12 @@ from urllib.parse import urlsplit
 
 from comfy_utils import (
     HOOK_NAME,
+    Capacity,
     ComfyGoneError,
     ComfyStalledError,
     ComfyUI,
     Finished,
+    Group,
     InvalidMessageError,
     InvalidWorkflowError,
     Job,
@@ -51,6 +55,7 @@ from comfy_utils import (
     Workflow,
     WorkflowRefusedError,
     aws_client,
+    capacity_problem,
     check_workflow,
     error_code,
     error_of,
@@ -62,6 +67,7 @@ from comfy_utils import (
     parse_message,
     queue_depth,
     raise_capacity,
+    read_group,
 )
 
 logger = logging.getLogger("parse_job")
@@ -93,8 +99,8 @@ POLL_S = 20
 """SQS's longest long poll: the fewest calls while idle."""
 LIFECYCLE_POLL_S = 5
 """How often the instance metadata is asked; AWS advises 5 s for spot notices."""
-CAPACITY_POLL_S = 30
-"""How often a busy worker looks whether the queue calls for more instances."""
+GROUP_AGE_S = 300
+"""So long an idle worker believes what it knows of its group, unless it is about to leave."""
 LOG_UPLOAD_S = 300
 HEARTBEAT_S = 60
 PROGRESS_S = 5
@@ -133,10 +139,18 @@ class Worker:
         self.spot = threading.Event()  # the machine is taken away in two minutes
         self.drain = threading.Event()  # the group takes this instance: finish the job, take nothing new
         self.leases: list[Lease] = []  # the messages in hand: one that runs, others whose callback is under way
-        self.capacity_due = threading.Event()  # a message was taken: are more instances called for?
+        self.look_due = threading.Event()  # a message was taken: are more instances called for?
+        self.history = QueueHistory(settings.scale_cooldown_s)
+        self.jitter = random.Random(self.instance_id)  # so that workers started together do not ask together
+        self.next_look = self.looked_at = time.monotonic()
+        self.running_since: float | None = None
+        self.group: Group | None = None
+        self.group_read_at = -math.inf
+        self.capacity_said: str | None = None
         self.idle_since = self.turned_at = self.answered_at = time.monotonic()
         self.comfy_failures = 0  # in a row
         self.in_group = False
+        self.warming = False  # in the warm pool: it boots only to be stopped, and takes nothing
         self.scaling_off_said = False
 
     def run(self) -> None:
@@ -164,6 +178,9 @@ class Worker:
         while not self.is_leaving():
             self.turned_at = time.monotonic()
             try:
+                if self.warming:
+                    self.stop.wait(1)
+                    continue
                 message = self.receive() if self.comfyui_answers() else None
                 if message is None:
                     self.leave_if_idle()
@@ -184,22 +201,20 @@ class Worker:
 
     def watch(self, lane: threading.Thread) -> None:
         """What goes on beside the lane, until there is nothing left to wait for."""
-        next_look = next_raise = next_beat = 0.0
+        next_lifecycle = next_beat = 0.0
         next_upload = time.monotonic() + LOG_UPLOAD_S
         while (lane.is_alive() or self.leases) and not self.stop.wait(0.2) and not self.spot.is_set():
             now = time.monotonic()
             if now < self.turned_at + TURN_LIMIT_S:
                 notify_systemd("WATCHDOG=1")
-            if now >= next_look:
-                next_look = now + LIFECYCLE_POLL_S
+            if now >= next_lifecycle:
+                next_lifecycle = now + LIFECYCLE_POLL_S
                 self.look_at_lifecycle()
             if self.drain.is_set() and self.in_group and now >= next_beat:
                 next_beat = now + HEARTBEAT_S
                 self.beat()
-            # Leaving, it would take the job it still finishes for one that needs somebody: see leave().
-            if (self.capacity_due.is_set() or self.leases) and now >= next_raise and not self.drain.is_set():
-                next_raise = now + CAPACITY_POLL_S
-                self.capacity_due.clear()
+            if (self.look_due.is_set() or self.leases) and now >= self.next_look:
+                self.look_due.clear()
                 self.raise_capacity()
             if now >= next_upload:
                 next_upload = now + LOG_UPLOAD_S
@@ -220,14 +235,18 @@ class Worker:
         """Bring one message to its end: result stored, callback accepted, message deleted; or put it back."""
         lease = Lease(self.sqs, self.queue_url, message, self.settings.visibility_timeout_s)
         self.leases.append(lease)
-        self.capacity_due.set()
+        self.look_due.set()
         result: Result | None = None
         with self.putting_back(lease):
             job, invalid = understand(message)
             logger.info("Job %s: attempt %d", job.id, lease.attempt)
             result = self.insist(lambda: self.stored_result(job.id))
             if result is None:
-                ran = self.run_job(job, invalid, lease)
+                self.running_since = time.monotonic()
+                try:
+                    ran = self.run_job(job, invalid, lease)
+                finally:
+                    self.running_since = None
                 result = self.insist(lambda: self.store_result(ran))
             else:
                 logger.info("Job %s has its result already: not run again", job.id)
@@ -468,11 +487,12 @@ class Worker:
 
     def receive(self) -> dict[str, Any] | None:
         """Long-poll for one message. The visibility timeout is named, so a queue made by hand works too."""
-        left = self.idle_since + self.settings.scale_cooldown_s - time.monotonic()
+        cooldown_s = self.settings.scale_cooldown_s
+        left = self.idle_since + cooldown_s - time.monotonic()
         answer = self.sqs.receive_message(
             QueueUrl=self.queue_url,
             MaxNumberOfMessages=1,
-            WaitTimeSeconds=max(1, min(POLL_S, round(left))) if left > 0 else POLL_S,
+            WaitTimeSeconds=max(1, min(POLL_S, math.ceil(left) if left > 0 else cooldown_s)),
             VisibilityTimeout=self.settings.visibility_timeout_s,
             MessageSystemAttributeNames=["ApproximateReceiveCount", "SentTimestamp"],
         )
@@ -693,21 +713,58 @@ class Worker:
         try:
             state = self.metadata.get("autoscaling/target-lifecycle-state")
             notice = self.metadata.get("spot/instance-action")
+            rebalance = self.metadata.get("events/recommendations/rebalance")
         except MetadataError:
             return  # the base machine may be no EC2 instance at all
         self.in_group = state is not None
+        warming = state is not None and state.startswith("Warmed:")
+        if warming != self.warming:
+            self.warming = warming
+            logger.info("In the warm pool: nothing is taken" if warming else "In service: jobs are taken")
         if notice is not None and not self.spot.is_set():
             logger.warning("Spot notice: the instance is taken away, its job is given back")
             self.spot.set()
         if state == "Terminated" and not self.drain.is_set():
             logger.info("The group takes this instance: nothing new is taken")
             self.drain.set()
+        if rebalance is not None and self.in_group and not self.is_leaving():
+            self.make_room()
+
+    def make_room(self) -> None:
+        """Leave while there is time, because EC2 expects to take this spot instance soon."""
+        logger.warning("EC2 recommends to rebalance: nothing new is taken, the job in hand is finished")
+        try:
+            if not self.leave_group(decrement=True):
+                self.leave_group(decrement=False)
+        except Exception as error:
+            logger.warning("Asks its group again in %d s: %s", LIFECYCLE_POLL_S, explain(error))
+
+    def look(self) -> QueueDepth:
+        """Look how the queue stands, and set when to look again."""
+        now = self.looked_at = time.monotonic()
+        # Idle, it is after every second poll, which makes five calls a minute in all.
+        pace_s = LOOK_S * self.jitter.uniform(0.8, 1.2) if self.leases else 2 * POLL_S - 1
+        self.next_look = now + min(pace_s, max(1.0, self.settings.scale_cooldown_s / 4))
+        depth = self.depth()
+        self.history.add(now, depth)
+        return depth
 
     def raise_capacity(self) -> None:
         """Raise the group to what the queue calls for. A failed read means no action."""
+        running_s = time.monotonic() - self.running_since if self.running_since is not None else 0.0
         try:
+            depth = self.look()
+            if self.drain.is_set() and self.leases:
+                # What it still finishes is no job for the others.
+                depth = depth._replace(in_flight=max(0, depth.in_flight - len(self.leases)))
+                if not depth.visible:
+                    return
             capacity = raise_capacity(
-                self.autoscaling, self.settings.asg_name, self.depth(), self.settings.backlogsize_per_instance
+                self.autoscaling,
+                self.settings.asg_name,
+                depth,
+                self.settings.backlogsize_per_instance,
+                long_jobs(self.history, depth, running_s),
             )
         except Exception as error:
             logger.warning("Capacity is left as it is: %s", explain(error))
@@ -715,28 +772,79 @@ class Worker:
         if capacity is None and not self.scaling_off_said:
             self.scaling_off_said = True
             logger.info("There is no group %s: scaling is off", self.settings.asg_name)
-        if capacity is not None and capacity.after > capacity.before:
+        if capacity is None:
+            return
+        if capacity.after > capacity.before:
             logger.info("Adjusted ASG capacity to %d", capacity.after)
+        self.say_what_is_missing(capacity)
+
+    def say_what_is_missing(self, capacity: Capacity) -> None:
+        """Log why instances that are wanted do not come, once for each reason."""
+        problem = None
+        if capacity.missing > 0:
+            try:
+                problem = capacity_problem(self.autoscaling, self.settings.asg_name)
+            except Exception as error:
+                problem = f"why cannot be seen: {explain(error)}"
+        if problem and problem != self.capacity_said:
+            logger.warning("%d of %d instances are not there yet: %s", capacity.missing, capacity.after, problem)
+        self.capacity_said = problem
 
     def leave_if_idle(self) -> None:
-        """End this instance when it was idle for SCALE_COOLDOWN and the queue is empty."""
-        idle_s = time.monotonic() - self.idle_since
-        if not self.in_group or self.leases or idle_s < self.settings.scale_cooldown_s:
+        """End this instance when its group can do without it: see may_leave."""
+        now = time.monotonic()
+        cooled_at = self.idle_since + self.settings.scale_cooldown_s
+        is_due = now >= self.next_look or self.looked_at < cooled_at <= now
+        if not self.in_group or self.leases or not is_due:
             return
-        if self.depth().visible:
+        depth = self.look()
+        if self.group is None or now > self.group_read_at + GROUP_AGE_S:
+            self.read_group()
+        if not self.is_superfluous(depth):
             return
+        self.read_group()  # what is decided is decided on how the group stands now
+        # More than are wanted are there after an operator has lowered that: one that leaves lowers it no further.
+        decrement = self.group is not None and len(self.group.in_service) <= self.group.desired
+        if self.is_superfluous(depth) and self.leave_group(decrement=decrement):
+            logger.info("Idle for %.0f s: leaves the group", now - self.idle_since)
+
+    def read_group(self) -> None:
+        """Ask how the group stands."""
+        self.group = read_group(self.autoscaling, self.settings.asg_name)
+        self.group_read_at = time.monotonic()
+
+    def is_superfluous(self, depth: QueueDepth) -> bool:
+        """Whether the group can do without this idle instance, as it was when it was read."""
+        now, group = time.monotonic(), self.group
+        if group is None:
+            return False
+        there = max(group.desired, len(group.in_service))
+        if there <= group.min_size:
+            return False
+        return may_leave(
+            self.history,
+            depth,
+            now=now,
+            idle_s=now - self.idle_since,
+            cooldown_s=self.settings.scale_cooldown_s,
+            desired=there,
+            turn=leaving_turn(self.instance_id, group.in_service, time.time()),
+        )
+
+    def leave_group(self, *, decrement: bool) -> bool:
+        """Have the group end this instance, and want one fewer; False where that would be below its minimum."""
         try:
             self.autoscaling.terminate_instance_in_auto_scaling_group(
-                InstanceId=self.instance_id, ShouldDecrementDesiredCapacity=True
+                InstanceId=self.instance_id, ShouldDecrementDesiredCapacity=decrement
             )
         except Exception as error:
-            self.idle_since = time.monotonic()
             if error_code(error) != "ValidationError":
                 raise
+            self.idle_since = time.monotonic()
             logger.info("Stays, the group is at its minimum: %s", error)
-            return
-        logger.info("Idle for %.0f s: leaves the group", idle_s)
+            return False
         self.drain.set()
+        return True
 
     def beat(self) -> None:
         """Ask for more time while the last job ends."""
@@ -795,6 +903,102 @@ class Worker:
                     self.s3.upload_file(str(path), self.settings.s3_bucket, key, ExtraArgs=extra)
             except Exception as error:
                 logger.warning("Cannot store the log %s: %s", path.name, explain(error))
+
+
+# --- Scaling ---------------------------------------------------------------------------------------------
+# Pure functions of what a worker has seen; tests/bench_scaling.py runs the same ones on a virtual clock.
+
+LOOK_S = 30
+"""How often, on average, a worker with a job looks at the queue; one without looks after every second poll."""
+LONG_JOB_S = 300
+"""A job that runs for so long occupies its worker: longer than another instance takes to come."""
+ALL_LONG_S = 600
+"""A worker with such a job, and messages that wait all along, takes all running jobs for long ones."""
+UTILISATION = 0.9
+"""How busy the fleet that stays may be; the rest takes up what comes unevenly."""
+TURN_S = 15
+"""So long it is the turn of the same instances to leave."""
+
+
+class QueueHistory:
+    """What one worker has seen of the queue during the last `window_s` seconds."""
+
+    def __init__(self, window_s: float) -> None:
+        self.window_s = window_s
+        self._depths: deque[tuple[float, QueueDepth]] = deque()
+        self._since: float | None = None
+
+    def add(self, now: float, depth: QueueDepth) -> None:
+        """Take in what was seen at `now`, in seconds on any clock that never goes back."""
+        if self._since is None:
+            self._since = now
+        self._depths.append((now, depth))
+        while self._depths[0][0] < now - self.window_s:
+            self._depths.popleft()
+
+    def is_full(self, now: float) -> bool:
+        """Whether the queue was watched for as long as the window is."""
+        return self._since is not None and now - self._since >= self.window_s
+
+    def mean_load(self) -> float:
+        """How many jobs there were on average, waiting or running."""
+        return sum(depth.visible + depth.in_flight for _, depth in self._depths) / max(1, len(self._depths))
+
+    def always_waited(self) -> bool:
+        """Whether messages waited whenever it was looked."""
+        return all(depth.visible for _, depth in self._depths)
+
+
+def long_jobs(history: QueueHistory, depth: QueueDepth, running_s: float) -> int:
+    """How many of the jobs in flight are long, as far as a worker can know whose own job runs for `running_s`.
+
+    Its own one after LONG_JOB_S. All of them when also nothing has helped those that wait: the others
+    are then most likely jobs of the same kind.
+    """
+    if running_s >= ALL_LONG_S and depth.visible and history.always_waited():
+        return depth.in_flight
+    return 1 if running_s >= LONG_JOB_S else 0
+
+
+def may_leave(
+    history: QueueHistory,
+    depth: QueueDepth,
+    *,
+    now: float,
+    idle_s: float,
+    cooldown_s: float,
+    desired: int,
+    turn: int | None,
+) -> bool:
+    """Whether an idle worker ends its own instance.
+
+    Never while messages are visible. One that was idle for `cooldown_s` leaves an empty queue, if it is the
+    last or nothing has come in that time. Others leave earlier once the load of the last `window_s` needs fewer
+    than `desired` instances: those whose `turn` (0 first) lies below the difference, so that many who leave at once
+    never leave too few.
+    """
+    if depth.visible:
+        return False
+    nothing_came = depth.in_flight == 0 and (desired <= 1 or history.mean_load() == 0)
+    if idle_s >= cooldown_s and nothing_came:
+        return True
+    needed = max(1, math.ceil(history.mean_load() / UTILISATION))
+    return history.is_full(now) and turn is not None and turn < desired - needed
+
+
+def leaving_turn(instance_id: str, in_service: list[str], clock: float) -> int | None:
+    """This instance's place, 0 first, in the order in which the group's instances may leave at this time of day.
+
+    The same order for all who ask within TURN_S, and another one after, because the first may be busy. None in the
+    last third of a turn, so that its last has left when the next one's first counts who is there.
+    """
+    slot, since = divmod(clock, TURN_S)
+    if since > TURN_S * 2 / 3:
+        return None
+    order = sorted(
+        {*in_service, instance_id}, key=lambda name: hashlib.sha256(f"{slot:.0f} {name}".encode()).digest()
+    )
+    return order.index(instance_id)
 
 
 # --- Helpers ---------------------------------------------------------------------------------------------

@@ -219,14 +219,29 @@ def test_a_prefix_cannot_leave_the_jobs_folder(prefix: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("visible", "in_flight", "wanted"),
-    [(0, 0, 0), (1, 0, 1), (3, 0, 1), (4, 0, 2), (6, 0, 2), (4, 2, 2), (0, 1, 1), (1000, 0, 20)],
+    ("visible", "in_flight", "long_jobs", "wanted"),
+    [
+        (0, 0, 0, 0),
+        (1, 0, 0, 1),
+        (3, 0, 0, 1),
+        (4, 0, 0, 2),
+        (60, 0, 0, 20),
+        (1000, 0, 0, 20),
+        (0, 1, 0, 1),
+        (0, 9, 0, 1),
+        (3, 9, 0, 2),
+        (3, 9, 1, 3),
+        (3, 3, 3, 4),
+        (0, 0, 3, 0),
+    ],
 )
-def test_desired_capacity(visible: int, in_flight: int, wanted: int) -> None:
+def test_desired_capacity(visible: int, in_flight: int, long_jobs: int, wanted: int) -> None:
     depth = QueueDepth(visible, in_flight)
-    assert desired_capacity(depth, backlog_per_instance=3, min_instances=0, max_instances=20) == wanted
-    least = desired_capacity(depth, backlog_per_instance=3, min_instances=2, max_instances=20)
-    assert least == max(2, wanted)
+    for least in (0, 2):
+        capacity = desired_capacity(
+            depth, backlog_per_instance=3, min_instances=least, max_instances=20, long_jobs=long_jobs
+        )
+        assert capacity == max(least, wanted)
 
 
 # --- What ComfyUI said -----------------------------------------------------------------------------------
