@@ -375,23 +375,19 @@ def queue_depth(sqs: Any, queue_url: str) -> QueueDepth:
     return QueueDepth(*(int(values[name]) for name in names))
 
 
-RUNNING_PER_WAITING = 3
-"""So many running jobs call for as much as one that waits: each has its worker, and is partly done."""
-
-
 def desired_capacity(
     depth: QueueDepth, *, backlog_per_instance: int, min_instances: int, max_instances: int, long_jobs: int = 0
 ) -> int:
     """How many instances the queue calls for.
 
-    ceil((visible + (in flight - long_jobs) / RUNNING_PER_WAITING) / backlog) + long_jobs, within the limits.
-    `long_jobs` is how many of the jobs in flight are known to be long: each keeps a whole worker from
-    the others (parse_job.py's QueueHistory tells; a sender knows of none). Pure, so that equal answers make duplicate
+    ceil(visible / backlog) + long_jobs, at least one while anything waits or runs, within the limits. A running job
+    has its worker, and one that will soon take the next; but each of the `long_jobs` among them keeps a whole worker
+    from those that wait. Only workers know of long jobs, senders say 0. Pure, so that equal answers make duplicate
     calls harmless. tests/bench_scaling.py measures the formula against others.
     """
-    long_jobs = min(long_jobs, depth.in_flight)
-    weight = depth.visible * RUNNING_PER_WAITING + depth.in_flight - long_jobs
-    wanted = long_jobs + -(-weight // (RUNNING_PER_WAITING * backlog_per_instance))
+    wanted = math.ceil(depth.visible / backlog_per_instance) + min(long_jobs, depth.in_flight)
+    if depth.visible or depth.in_flight:
+        wanted = max(wanted, 1)
     return max(min_instances, min(wanted, max_instances))
 
 

@@ -201,7 +201,7 @@ def test_a_busy_worker_calls_for_others_and_says_why_they_do_not_come(cloud: Loc
             site.send(image_workflow(3))
         start(site)
         await_that("it is said", lambda: "AWS has no g5.2xlarge free in us-west-2a" in site.log())
-        assert group(cloud, site)["DesiredCapacity"] == 3, "ceil((8 + 1 / 3) / 3)"
+        assert group(cloud, site)["DesiredCapacity"] == 3, "ceil(8 / 3)"
     finally:
         cloud.launch_failure = None
     await_that("they come", lambda: len(group(cloud, site)["Instances"]) == 3)
