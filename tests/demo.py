@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,7 +15,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from local_cloud import ACCOUNT_ID, REGION, TESTS, LocalCloud, Machine
 
 ROOT = TESTS.parent
 OUTPUT = ROOT / "demo-output"
-JOBS = 6
+BACKLOG = 3  # env.example's BACKLOGSIZE_PER_INSTANCE
+MOST = 20  # its MAX_INSTANCES
 CHECKPOINT = "v1-5-pruned-emaonly-fp16.safetensors"
 BASE_BUCKET = f"simple-comfy-{ACCOUNT_ID}-{REGION}-base"
 BUCKET = f"simple-comfy-{ACCOUNT_ID}-{REGION}-pro"
@@ -113,7 +115,7 @@ def watch_jobs(cloud: LocalCloud, job_ids: list[str]) -> dict[str, dict[str, Any
     """Show a bar until every job has its receipt; return the receipts."""
     s3 = cloud.client("s3")
     results: dict[str, dict[str, Any]] = {}
-    started, shown = time.monotonic(), ""
+    timeline = Timeline(cloud)
     while len(results) < len(job_ids):
         for job_id in job_ids:
             if job_id not in results:
@@ -122,22 +124,36 @@ def watch_jobs(cloud: LocalCloud, job_ids: list[str]) -> dict[str, dict[str, Any
                 except s3.exceptions.NoSuchKey:
                     continue
                 results[job_id] = json.loads(body)
-        done = len(results)
-        fleet = [machine for machine in fleet_of(cloud) if machine.is_on()]
-        working = sum("comfy-manage" in machine.state()["services"] for machine in fleet)
-        bar = "█" * (30 * done // len(job_ids))
-        line = f"   [{bar:░<30}] {done}/{len(job_ids)} jobs done · {len(fleet)} instances, {working} with a worker"
-        if sys.stdout.isatty():
-            print(f"\r{line} · {time.monotonic() - started:.0f} s ", end="", flush=True)
-        elif line != shown:
-            shown = line
-            tell(line)
-        if time.monotonic() > started + 300:
-            raise DemoError(f"only {done} of {len(job_ids)} jobs ended within 300 s")
+        bar = "█" * (30 * len(results) // len(job_ids))
+        timeline.show(f"[{bar:░<30}] {len(results)}/{len(job_ids)} jobs done", is_last=len(results) == len(job_ids))
+        if timeline.seconds() > 300:
+            raise DemoError(f"only {len(results)} of {len(job_ids)} jobs ended within 300 s")
         time.sleep(0.3)
-    if sys.stdout.isatty():
-        print()
     return results
+
+
+class Timeline:
+    """One line for each change of the fleet, at most one in two seconds."""
+
+    def __init__(self, cloud: LocalCloud) -> None:
+        self.cloud = cloud
+        self._started = time.monotonic()
+        self._shown, self._shown_at = "", -10.0
+
+    def seconds(self) -> float:
+        """Since it began."""
+        return time.monotonic() - self._started
+
+    def show(self, what: str = "", *, is_last: bool = False) -> None:
+        """Print how the fleet stands, after `what`."""
+        wanted = sum(group["DesiredCapacity"] for group in groups(self.cloud))
+        fleet = [machine for machine in fleet_of(self.cloud) if machine.is_on()]
+        working = sum("comfy-manage" in machine.state()["services"] for machine in fleet)
+        state = f"{wanted} instances wanted, {len(fleet)} on, {working} with a worker"
+        line = f"{what} · {state}" if what else state
+        if line != self._shown and (is_last or self.seconds() >= self._shown_at + 2):
+            self._shown, self._shown_at = line, self.seconds()
+            tell(f"   {self.seconds():3.0f} s  {line}")
 
 
 def fleet_of(cloud: LocalCloud) -> list[Machine]:
@@ -175,6 +191,14 @@ def is_terminated(cloud: LocalCloud, instance_id: str) -> bool:
     return cloud.instance_state(instance_id) == "terminated"
 
 
+def raises(cloud: LocalCloud) -> list[str]:
+    """How the desired capacity was raised, from the group's activity history: "from 0 to 2", ..."""
+    answer = cloud.client("autoscaling").describe_scaling_activities(AutoScalingGroupName=GROUP)
+    causes = {re.sub("^At \\S+ ", "", activity["Cause"]) for activity in answer["Activities"]}
+    found = [re.search(r"desired capacity (from (\d+) to (\d+))", cause) for cause in causes]
+    return [match[1] for match in found if match and int(match[2]) < int(match[3])]
+
+
 def groups(cloud: LocalCloud) -> list[dict[str, Any]]:
     """The Auto Scaling groups there are."""
     return list(cloud.client("autoscaling").describe_auto_scaling_groups()["AutoScalingGroups"])
@@ -192,8 +216,8 @@ def scratch_folder() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def tell_story(folder: Path) -> None:
-    """From a base machine to a fleet, six jobs, and back to nothing."""
+def tell_story(folder: Path, jobs: int) -> None:
+    """From a base machine to a fleet, some jobs, and back to nothing."""
     started = time.monotonic()
     kind = "your ComfyUI" if os.environ.get("COMFYUI_DIR") else "a stand-in for ComfyUI that speaks its protocol"
     tell("comfy-on-ec2, the whole story on this machine: AWS is played by moto, instances by process groups,")
@@ -213,31 +237,41 @@ def tell_story(folder: Path) -> None:
         )
 
         workflow = [str(Path(os.environ["DEMO_WORKFLOW"]).resolve())] if os.environ.get("DEMO_WORKFLOW") else []
-        command = ["./send_job.py", *workflow, "--env", "pro", "--count", str(JOBS)]
+        command = ["./send_job.py", *workflow, "--env", "pro", "--count", str(jobs)]
         said = run_on_base(base, environment, *command)
         job_ids = [line.split()[-1] for line in said if line.startswith("Message sent successfully:")]
-        check(f"{JOBS} jobs are on the queue", len(set(job_ids)) == JOBS)
-        check("the group went from 0 to 2 in one step", [g["DesiredCapacity"] for g in groups(cloud)] == [2])
+        check(f"{jobs} jobs are on the queue", len(set(job_ids)) == jobs)
+        wanted = min(math.ceil(jobs / BACKLOG), MOST)
+        check(
+            f"the group went from 0 to {wanted} in one step", raises(cloud) == [f"from 0 to {wanted}"], raises(cloud)
+        )
 
         tell("\nThe instances boot and work:")
         results = watch_jobs(cloud, job_ids)
         failed = [result["error"]["message"] for result in results.values() if result["status"] != "succeeded"]
-        check(f"{JOBS} jobs succeeded, each with its receipt in S3", not failed, failed)
+        check(f"{jobs} jobs succeeded, each with its receipt in S3", not failed, failed)
+        check("each was taken once", all(result["attempt"] == 1 for result in results.values()))
         fleet = [machine.instance_id for machine in fleet_of(cloud)]
         by_instance = {i: sum(r["instance_id"] == i for r in results.values()) for i in fleet}
         check(
-            "run by " + " and ".join(f"{i} ({n})" for i, n in by_instance.items()),
-            sum(by_instance.values()) == JOBS and len(fleet) == 2,
+            "run by " + ", ".join(f"{i} ({n})" for i, n in by_instance.items()),
+            sum(by_instance.values()) == jobs and len(fleet) == wanted,
         )
         s3 = cloud.client("s3")
         count = save_images(s3, results)
-        check(f"{count} files saved in demo-output/", count >= JOBS)
+        check(f"{count} files saved in demo-output/", count >= jobs)
 
         tell("\nNobody sends more, so the workers leave by themselves (after 5 s here, 180 s by default):")
-        await_that("the group is back at 0 instances", lambda: groups(cloud)[0]["DesiredCapacity"] == 0 and not groups(cloud)[0]["Instances"])  # fmt: skip
-        check("the group is back at 0 instances", True)
+        timeline = Timeline(cloud)
+        while not all(is_terminated(cloud, instance_id) for instance_id in fleet):
+            timeline.show()
+            if timeline.seconds() > 300:
+                raise DemoError("the group is not back at 0 instances within 300 s")
+            time.sleep(0.3)
+        timeline.show(is_last=True)
+        (group,) = groups(cloud)
+        check("the group is back at 0 instances", (group["DesiredCapacity"], group["Instances"]) == (0, []), group)
         for instance_id in fleet:
-            await_that(f"{instance_id} is terminated", partial(is_terminated, cloud, instance_id))
             keys = {o["Key"].split("/")[-1] for o in s3.list_objects_v2(Bucket=BUCKET, Prefix=f"output/{instance_id}/")["Contents"]}  # fmt: skip
             check(f"{instance_id} is terminated; its logs are in S3", {"parse_job.log", "comfyui.log"} <= keys, keys)
 
@@ -254,7 +288,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that all processes are ended
     try:
         with scratch_folder() as folder:
-            tell_story(folder)
+            tell_story(folder, int(sys.argv[1]))
     except DemoError as error:
         print(f"\ndemo.sh: {error}", file=sys.stderr)
         return 1

@@ -199,9 +199,10 @@ class LocalCloud:
         ec2.create_route(RouteTableId=public, DestinationCidrBlock="0.0.0.0/0", GatewayId=gateway)
         ec2.associate_route_table(RouteTableId=public, SubnetId=subnets[0])
         security_group = ec2.create_security_group(GroupName="comfy", Description="comfy", VpcId=vpc)["GroupId"]
-        iam.create_role(RoleName="comfy", AssumeRolePolicyDocument="{}")
-        iam.create_instance_profile(InstanceProfileName="comfy")
-        iam.add_role_to_instance_profile(InstanceProfileName="comfy", RoleName="comfy")
+        with suppress(iam.exceptions.EntityAlreadyExistsException):  # of another base
+            iam.create_role(RoleName="comfy", AssumeRolePolicyDocument="{}")
+            iam.create_instance_profile(InstanceProfileName="comfy")
+            iam.add_role_to_instance_profile(InstanceProfileName="comfy", RoleName="comfy")
         image = ec2.describe_images(Filters=[{"Name": "architecture", "Values": ["x86_64"]}])["Images"][0]["ImageId"]
         instance_id = ec2.run_instances(
             ImageId=image,
