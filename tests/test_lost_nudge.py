@@ -7,7 +7,7 @@ import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -92,47 +92,48 @@ class Fleet:
         (job_id,) = self.results().keys() - before
         return self.results()[job_id]
 
+    def hold(self, ask: Callable[[str, str], Fault | None] = lambda *_: None) -> None:
+        """Have every call asked about: the answer is what it is answered instead. Without `ask`, no more."""
+        self.cloud.fault = ask
+
     def await_nobody(self) -> None:
         """Until the group is back at zero."""
         await_that("nobody is there", lambda: not self.group()["Instances"])
         assert self.group()["DesiredCapacity"] == 0
 
 
-@pytest.fixture(scope="module")
-def fleet(cloud: LocalCloud, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    cloud.metrics_period_s = PERIOD_S
-    fleet = Fleet(cloud, tmp_path_factory.mktemp("fleet") / "base")
-    yield fleet
-    fleet.run("./delete_env.sh", "pro", "--yes")
-    cloud.metrics_period_s = 60.0
+def test_nobody_waits_for_ever(cloud: LocalCloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One story, because a whole fleet takes its time."""
+    monkeypatch.setattr(cloud, "metrics_period_s", PERIOD_S)
+    monkeypatch.setattr(cloud, "fault", cloud.fault)  # is put back in the end
+    fleet = Fleet(cloud, tmp_path / "base")
+    check_a_sender_that_may_not_scale(fleet)
+    check_a_sender_that_dies_before_it_has_nudged(fleet)
+    for moment in ("before its last look", "after its last look"):
+        check_a_message_that_finds_the_last_worker_on_its_way_out(fleet, moment)
+    check_an_environment_is_removed_while_jobs_run(fleet)
 
 
-@pytest.fixture
-def watch_calls(cloud: LocalCloud, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Has every call asked about: the answer is what it is answered instead, or None."""
-    return lambda ask: monkeypatch.setattr(cloud, "fault", ask)
-
-
-def test_a_sender_that_may_not_scale(fleet: Fleet, watch_calls: Callable[..., None]) -> None:
-    watch_calls(lambda service, _: Fault(403, "AccessDenied") if service == "autoscaling" else None)
+def check_a_sender_that_may_not_scale(fleet: Fleet) -> None:
+    fleet.hold(lambda service, _: Fault(403, "AccessDenied") if service == "autoscaling" else None)
     printed = fleet.run(*SEND)
-    watch_calls(lambda *_: None)
+    fleet.hold()
     assert "Capacity was not raised: An error occurred (AccessDenied)" in printed
     result = fleet.await_one_more(set())
     assert result["status"] == "succeeded"
     fleet.await_nobody()
 
 
-def test_a_sender_that_dies_before_it_has_nudged(fleet: Fleet, watch_calls: Callable[..., None]) -> None:
+def check_a_sender_that_dies_before_it_has_nudged(fleet: Fleet) -> None:
     before = set(fleet.results())
     alarm = [f"{fleet.group_name}-first-instance"]
     fleet.cloudwatch.disable_alarm_actions(AlarmNames=alarm)
-    watch_calls(lambda _, operation: Fault(500, "X", 60) if operation == "GetQueueAttributes" else None)
+    fleet.hold(lambda _, operation: Fault(500, "X", 60) if operation == "GetQueueAttributes" else None)
     sender = fleet.start(*SEND)
     await_that("the message is there", lambda: fleet.waiting() == [1, 0])
     sender.kill()
     sender.communicate()
-    watch_calls(lambda *_: None)
+    fleet.hold()
 
     minutes = fleet.cloud.minutes
     await_that("minutes pass", lambda: fleet.cloud.minutes >= minutes + 3)
@@ -142,14 +143,15 @@ def test_a_sender_that_dies_before_it_has_nudged(fleet: Fleet, watch_calls: Call
     fleet.await_nobody()
 
 
-@pytest.mark.parametrize("moment", ["before its last look", "after its last look"])
-def test_a_message_that_finds_the_last_worker_on_its_way_out(
-    fleet: Fleet, watch_calls: Callable[..., None], moment: str
-) -> None:
+def check_a_message_that_finds_the_last_worker_on_its_way_out(fleet: Fleet, moment: str) -> None:
     before = set(fleet.results())
     # While it leaves, a worker stores its logs, looks at the queue once more, and lets its group go on.
-    held = {"before its last look": "PUT", "after its last look": "CompleteLifecycleAction"}[moment]
-    is_leaving, may_go_on = threading.Event(), threading.Event()
+    held, alarms = {
+        "before its last look": ("PUT", fleet.cloudwatch.disable_alarm_actions),
+        "after its last look": ("CompleteLifecycleAction", fleet.cloudwatch.enable_alarm_actions),
+    }[moment]
+    alarms(AlarmNames=[f"{fleet.group_name}-first-instance"])
+    is_leaving, arrived, may_go_on = threading.Event(), threading.Event(), threading.Event()
 
     def hold(_: str, operation: str) -> None:
         if operation == "TerminateInstanceInAutoScalingGroup":
@@ -158,14 +160,9 @@ def test_a_message_that_finds_the_last_worker_on_its_way_out(
             arrived.set()
             may_go_on.wait(LIMIT_S)
 
-    arrived = threading.Event()
+    fleet.hold(hold)
     fleet.run(*SEND)
     first = fleet.await_one_more(before)
-    watch_calls(hold)
-    if moment == "after its last look":
-        fleet.cloudwatch.enable_alarm_actions(AlarmNames=[f"{fleet.group_name}-first-instance"])
-    else:
-        fleet.cloudwatch.disable_alarm_actions(AlarmNames=[f"{fleet.group_name}-first-instance"])
     assert arrived.wait(LIMIT_S)
     (instance,) = fleet.group()["Instances"]
     assert (instance["LifecycleState"], fleet.group()["DesiredCapacity"]) == ("Terminating:Wait", 0)
@@ -178,7 +175,7 @@ def test_a_message_that_finds_the_last_worker_on_its_way_out(
     fleet.await_nobody()
 
 
-def test_an_environment_is_removed_while_jobs_run(fleet: Fleet) -> None:
+def check_an_environment_is_removed_while_jobs_run(fleet: Fleet) -> None:
     workflow = fleet.folder / "long.json"
     workflow.write_text(json.dumps(image_workflow(600)))
     fleet.run("./send_job.py", str(workflow), "--env", "pro", "--count", "4")
