@@ -149,7 +149,7 @@ class Timeline:
         wanted = sum(group["DesiredCapacity"] for group in groups(self.cloud))
         fleet = [machine for machine in fleet_of(self.cloud) if machine.is_on()]
         working = sum("comfy-manage" in machine.state()["services"] for machine in fleet)
-        state = f"{wanted} instances wanted, {len(fleet)} on, {working} with a worker"
+        state = f"instances: {wanted} wanted, {len(fleet)} on, {working} with a worker"
         line = f"{what} · {state}" if what else state
         if line != self._shown and (is_last or self.seconds() >= self._shown_at + 2):
             self._shown, self._shown_at = line, self.seconds()
