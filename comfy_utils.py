@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import re
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -337,6 +338,10 @@ def own_outputs(workflow: Workflow, job_id: str) -> Workflow:
 # --- AWS -------------------------------------------------------------------------------------------------
 
 
+_sessions: dict[str, Any] = {}
+_session_lock = threading.Lock()  # boto3 makes no two clients at the same time of one session
+
+
 def aws_client(service: str, region: str) -> Any:
     """A boto3 client with bounded waits. Endpoints and credentials come from the standard chain."""
     import boto3
@@ -346,7 +351,10 @@ def aws_client(service: str, region: str) -> Any:
     config = Config(
         connect_timeout=5, read_timeout=30, retries={"mode": "standard", "total_max_attempts": 4}, tcp_keepalive=True
     )
-    return boto3.session.Session(region_name=region).client(service, config=config)
+    with _session_lock:
+        if region not in _sessions:  # one for all clients, because each reads AWS's descriptions anew
+            _sessions[region] = boto3.session.Session(region_name=region)
+        return _sessions[region].client(service, config=config)
 
 
 def error_code(error: Exception) -> str:

@@ -14,10 +14,10 @@ import random
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from comfy_utils import (
     HERE,
@@ -83,11 +83,82 @@ def submit_command(
     return _submit({"exec_cmd": command}, job_id, callback_url, env)
 
 
+def submit_many(
+    workflows: Iterable[Workflow],
+    *,
+    job_ids: Sequence[str] | None = None,
+    callback_url: str | None = None,
+    env: str | None = None,
+) -> list[str]:
+    """Send many workflows, as `submit` sends one, and return their ids in the same order.
+
+    They travel ten to a request and several requests at once, and the capacity is raised once for all. All
+    are checked before the first is sent: InvalidWorkflowError and InvalidMessageError say which is meant, counting
+    from 1. Raises NotAllSentError, which names them, when some could not be sent. With `job_ids` of yours, one for
+    each workflow, it is harmless to send the same jobs again: an id is run once.
+    """
+    bodies = []
+    for number, workflow in enumerate(workflows, 1):
+        try:
+            bodies.append({"prompt": check_workflow(workflow)})
+        except InvalidWorkflowError as error:
+            raise InvalidWorkflowError(f"workflow {number}: {error}") from None
+    if not bodies:
+        return []
+    sender = Sender(load_settings(env))
+    try:
+        sent = sender.send_many(bodies, job_ids, callback_url)
+    except NotAllSentError as error:
+        if error.sent:
+            sender.raise_capacity(len(error.sent))
+        raise
+    sender.raise_capacity(len(sent))
+    return sent
+
+
+class NotAllSentError(Exception):
+    """Some jobs could not be put on the queue, or nobody knows that they were: sending those again is harmless."""
+
+    def __init__(self, sent: list[str], unsent: list[str], reason: str) -> None:
+        super().__init__(f"{len(sent)} of {len(sent) + len(unsent)} jobs were sent: {reason}")
+        self.sent = sent
+        """The ids of those that are on the queue, in the order in which they were given."""
+        self.unsent = unsent
+        """The ids of the others."""
+        self.reason = reason
+
+
 def _submit(body: dict[str, Any], job_id: str | None, callback_url: str | None, env: str | None) -> str:
     sender = Sender(load_settings(env))
     job_id = sender.send(body, job_id, callback_url)
     sender.raise_capacity(1)
     return job_id
+
+
+REQUESTS_AT_ONCE = 8
+BATCH_TRIES = 4
+"""How often what SQS refused of a batch, through no fault of ours, is sent again."""
+
+
+class Message(NamedTuple):
+    """One job as it travels: its text and the bytes of it, and the workflow itself where that is too large."""
+
+    job_id: str
+    text: str
+    size: int
+    by_bucket: Workflow | None = None
+
+
+def batches(messages: Sequence[Message]) -> Iterator[list[Message]]:
+    """The messages in order, in lists that fit into one SendMessageBatch: ten, and not larger than one may be."""
+    batch: list[Message] = []
+    for message in messages:
+        if batch and (len(batch) == 10 or sum(other.size for other in batch) + message.size > MAX_MESSAGE_BYTES):
+            yield batch
+            batch = []
+        batch.append(message)
+    if batch:
+        yield batch
 
 
 class Sender:
@@ -100,6 +171,40 @@ class Sender:
 
     def send(self, body: dict[str, Any], job_id: str | None = None, callback_url: str | None = None) -> str:
         """Put one job on the queue and return its id. A workflow too large for a message goes by S3."""
+        message = self._message(body, job_id, callback_url)
+        self._upload(message)
+        self._queue().send_message(QueueUrl=self._queue_url, MessageBody=message.text)
+        return message.job_id
+
+    def send_many(
+        self, bodies: Sequence[dict[str, Any]], job_ids: Sequence[str] | None = None, callback_url: str | None = None
+    ) -> list[str]:
+        """Put many jobs on the queue and return their ids, in order. Raises NotAllSentError."""
+        from concurrent.futures import ThreadPoolExecutor
+
+        if job_ids is not None and len(job_ids) != len(bodies):
+            raise InvalidMessageError(f"there are {len(job_ids)} job_ids for {len(bodies)} jobs: give one for each")
+        messages = []
+        for number, body in enumerate(bodies, 1):
+            try:
+                messages.append(self._message(body, job_ids[number - 1] if job_ids else None, callback_url))
+            except InvalidMessageError as error:
+                raise InvalidMessageError(f"job {number}: {error}") from None
+        ids = [message.job_id for message in messages]
+        if len(set(ids)) < len(ids):
+            twice = next(job_id for number, job_id in enumerate(ids) if job_id in ids[:number])
+            raise InvalidMessageError(f"job_id {twice} is there twice: an id is run once, give each job its own")
+        self._queue()
+        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+            refused = dict(
+                item for refusals in pool.map(self._send_batch, batches(messages)) for item in refusals.items()
+            )
+        if refused:
+            unsent = [job_id for job_id in ids if job_id in refused]
+            raise NotAllSentError([job_id for job_id in ids if job_id not in refused], unsent, refused[unsent[0]])
+        return ids
+
+    def _message(self, body: dict[str, Any], job_id: str | None, callback_url: str | None) -> Message:
         job_id = job_id or new_job_id()
         if not is_job_id(job_id):
             raise InvalidMessageError(
@@ -107,15 +212,51 @@ class Sender:
             )
         extras = {"job_id": job_id} | ({"callback_url": callback_url} if callback_url else {})
         text = json.dumps(body | extras, ensure_ascii=False)
-        if len(text.encode()) > MAX_MESSAGE_BYTES:
-            if "prompt" not in body:
-                raise InvalidMessageError(f"the command is longer than a message may be ({MAX_MESSAGE_BYTES} bytes)")
-            key = large_workflow_key(job_id)
-            payload = json.dumps(body["prompt"], ensure_ascii=False).encode()
-            aws_client("s3", self.settings.region).put_object(Bucket=self.settings.s3_bucket, Key=key, Body=payload)
-            text = json.dumps({"workflow_key": key} | extras)
-        self._queue().send_message(QueueUrl=self._queue_url, MessageBody=text)
-        return job_id
+        size = len(text.encode())
+        if size <= MAX_MESSAGE_BYTES:
+            return Message(job_id, text, size)
+        if "prompt" not in body:
+            raise InvalidMessageError(f"the command is longer than a message may be ({MAX_MESSAGE_BYTES} bytes)")
+        text = json.dumps({"workflow_key": large_workflow_key(job_id)} | extras)
+        return Message(job_id, text, len(text.encode()), by_bucket=body["prompt"])
+
+    def _upload(self, message: Message) -> None:
+        """Store a workflow that is too large for its message, where the message says."""
+        if message.by_bucket is not None:
+            aws_client("s3", self.settings.region).put_object(
+                Bucket=self.settings.s3_bucket,
+                Key=large_workflow_key(message.job_id),
+                Body=json.dumps(message.by_bucket, ensure_ascii=False).encode(),
+            )
+
+    def _send_batch(self, batch: list[Message]) -> dict[str, str]:
+        """Send what goes into one request; returns why, by job id, for those that are not known to be sent."""
+        unsent = {message.job_id: message for message in batch}
+        refused: dict[str, str] = {}
+        reasons: dict[str, str] = {}
+        try:
+            for message in batch:
+                self._upload(message)
+            for attempt in range(BATCH_TRIES):
+                if attempt:
+                    time.sleep(random.uniform(0.5, 1) * 0.5 * 2**attempt)
+                entries = [{"Id": message.job_id, "MessageBody": message.text} for message in unsent.values()]
+                answer = self._queue().send_message_batch(QueueUrl=self._queue_url, Entries=entries)
+                for entry in answer.get("Successful", []):
+                    del unsent[entry["Id"]]
+                reasons = {}
+                for entry in answer.get("Failed", []):
+                    reason = f"{entry['Code']}: {entry.get('Message', '')}"
+                    if entry["SenderFault"]:  # it would be refused again
+                        refused[entry["Id"]] = reason
+                        del unsent[entry["Id"]]
+                    else:
+                        reasons[entry["Id"]] = reason
+                if not unsent:
+                    break
+        except Exception as error:  # boto3 has tried again where that helps
+            reasons = dict.fromkeys(unsent, str(error))
+        return refused | reasons
 
     def depth(self, just_sent: int) -> QueueDepth:
         """The queue's depth, in which what was just sent counts although SQS's counters lag."""
@@ -518,15 +659,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     job_ids: list[str] = []
     try:
-        for body in bodies:
-            job_id = sender.send(body, callback_url=options.callback_url)
-            job_ids.append(job_id)
-            print(f"Message sent successfully: {job_id}")
+        job_ids = sender.send_many(bodies, callback_url=options.callback_url)
+    except NotAllSentError as error:
+        job_ids, reason = error.sent, error.reason
     except Exception as error:
-        queue = sender.settings.sqs_name
-        print(f"send_job.py: {len(job_ids)} of {len(bodies)} jobs sent to {queue}: {error}", file=sys.stderr)
-    else:
+        reason = str(error)
+    for job_id in job_ids:
+        print(f"Message sent successfully: {job_id}")
+    if len(job_ids) == len(bodies):
         print("Job submitted successfully")
+    else:
+        queue = sender.settings.sqs_name
+        print(f"send_job.py: {len(job_ids)} of {len(bodies)} jobs sent to {queue}: {reason}", file=sys.stderr)
     if job_ids:
         sender.raise_capacity(len(job_ids), say=print)
     unsent = 0 if len(job_ids) == len(bodies) else 1
