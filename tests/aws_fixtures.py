@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import aws_cli
 import boto3
 import pytest
 from botocore.exceptions import ClientError
@@ -53,7 +54,7 @@ def serve(folder: Path) -> None:
     """Serve the local cloud until ended. Prints the address."""
     make_images_take_time()
     with LocalCloud(folder) as cloud:
-        print(cloud.endpoint, flush=True)
+        print(cloud.endpoint, cloud.aws_cli_socket, flush=True)
         threading.Event().wait()
 
 
@@ -120,8 +121,9 @@ class Base:
 class Aws:
     """A running server, seen by the test."""
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, aws_cli_socket: str) -> None:
         self.endpoint = endpoint
+        self.aws_cli_socket = aws_cli_socket
         self._clients: dict[tuple[str, str], Any] = {}
 
     def environment(self) -> dict[str, str]:
@@ -135,6 +137,7 @@ class Aws:
             "AWS_ACCESS_KEY_ID": "test",
             "AWS_SECRET_ACCESS_KEY": "test",
             "POLL_SECONDS": "0.1",
+            aws_cli.VARIABLE: self.aws_cli_socket,
         }
 
     def client(self, service: str, region: str = REGION) -> Any:
@@ -364,10 +367,10 @@ def aws_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Aws]:
         text=True,
     )
     assert process.stdout
-    endpoint = process.stdout.readline().strip()
-    assert endpoint, "the local cloud did not start"
+    printed = process.stdout.readline().split()
+    assert printed, "the local cloud did not start"
     try:
-        yield Aws(endpoint)
+        yield Aws(*printed)
     finally:
         process.terminate()
         process.wait(timeout=CALL_LIMIT_S)

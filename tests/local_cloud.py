@@ -21,6 +21,8 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -34,6 +36,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode
 from xml.sax.saxutils import escape
 
+import aws_cli
 import boto3
 from moto.backends import get_backend
 from moto.core.exceptions import ServiceException
@@ -134,6 +137,7 @@ class LocalCloud:
         self._ended = threading.Event()
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self._server = make_server("127.0.0.1", 0, self, threaded=True, request_handler=MotoRequestHandler)
+        self._aws_cli, self.aws_cli_socket = self._start_aws_cli()
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
 
     def __enter__(self) -> LocalCloud:
@@ -146,6 +150,20 @@ class LocalCloud:
         self._ended.set()
         self.switch_off_all()
         self._server.shutdown()
+        self._aws_cli.communicate()  # it ends when its standard input does
+        shutil.rmtree(Path(self.aws_cli_socket).parent)
+
+    def _start_aws_cli(self) -> tuple[subprocess.Popen[bytes], str]:
+        """Start the server of aws_cli.py. Callers wait at its socket while it still imports."""
+        folder = tempfile.mkdtemp(prefix="aws-cli-")  # not in self.folder: a socket's path may have 107 characters
+        path = f"{folder}/socket"
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(path)
+            listener.listen(64)
+            command = [sys.executable, str(TESTS / "aws_cli.py"), "--serve", str(listener.fileno())]
+            return subprocess.Popen(
+                command, stdin=subprocess.PIPE, pass_fds=[listener.fileno()], start_new_session=True
+            ), path
 
     def environment(self) -> dict[str, str]:
         """Variables that make the CLI and boto3 use this cloud, and nothing else."""
@@ -158,6 +176,7 @@ class LocalCloud:
             "AWS_REGION": REGION,
             "AWS_CONFIG_FILE": "/dev/null",
             "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
+            aws_cli.VARIABLE: self.aws_cli_socket,
         }
 
     def client(self, service: str) -> Any:
@@ -758,6 +777,7 @@ class Machine:
             "AWS_METADATA_SERVICE_TIMEOUT": "5",
             "AWS_CONFIG_FILE": "/dev/null",
             "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
+            aws_cli.VARIABLE: self.cloud.aws_cli_socket,
             "COMFY_HOME": str(self.folder),
             "COMFY_ADDRESS": f"127.0.0.1:{self.comfy_port}",
             "LOCAL_INSTANCE_DIR": str(self.side),

@@ -222,7 +222,7 @@ def test_metric_math_refuses_what_it_does_not_know(expression: str) -> None:
 def net(cloud: LocalCloud, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What create_env.sh makes of alarm and policy."""
     fleet = Fleet(cloud)
-    bundle = Bundle(tmp_path_factory.mktemp("net") / "bundle", Aws(cloud.endpoint))
+    bundle = Bundle(tmp_path_factory.mktemp("net") / "bundle", Aws(cloud.endpoint, cloud.aws_cli_socket))
     bundle.set(PREFIX=fleet.prefix)
     ran = bundle.run_function("ensure_alarm; ensure_alarm")
     assert (ran.returncode, ran.stderr) == (0, "")
