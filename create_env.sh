@@ -34,6 +34,8 @@ IMAGE_WAIT_SECONDS=${IMAGE_WAIT_SECONDS:-7200}
 QUEUE_WAIT_SECONDS=${QUEUE_WAIT_SECONDS:-90}
 POLL_SECONDS=${POLL_SECONDS:-10}
 
+DRY_RUN=no # --dry-run: yes
+
 die() {
   printf '%s: %s\n' "${0##*/}" "$*" >&2
   exit 1
@@ -44,9 +46,14 @@ usage() {
   sed -n '3,/^[^#]/s/^# \{0,1\}//p' "$0"
 }
 
-# report KIND NAME STATE: one aligned line for every step.
+# report KIND NAME STATE: one aligned line for every step. With --dry-run, what a step would have done
+# is told as what is to be done.
 report() {
-  printf '%-9s %-52s %s\n' "$1" "$2" "$3"
+  local state=$3
+  if [[ $DRY_RUN == yes && $state =~ ^(created|updated|removed|started|copied|replaced) ]]; then
+    state="to be $state"
+  fi
+  printf '%-9s %-52s %s\n' "$1" "$2" "$state"
 }
 
 # --- Settings --------------------------------------------------------------------------------
@@ -185,14 +192,17 @@ choose_types() {
 
 # --- AWS calls -------------------------------------------------------------------------------
 
-# run_aws WHAT ARG...: a call whose answer is not needed. Dies with AWS's words when it is refused.
+# run_aws WHAT ARG...: a call that changes something and whose answer is not needed. Dies with AWS's words
+# when it is refused. Not made with --dry-run.
 run_aws() {
   local what=$1 answer
   shift
+  [[ $DRY_RUN == no ]] || return 0
   answer=$(aws "$@" 2>&1) || die "cannot $what:$(one_line "$answer")"
 }
 
-# ask_aws WHAT ARG...: prints the answer of a call. Dies after AWS's words when it is refused.
+# ask_aws WHAT ARG...: prints the answer of a call, which mostly only looks; one that changes something is
+# guarded by DRY_RUN where it stands. Dies after AWS's words when it is refused.
 ask_aws() {
   local what=$1
   shift
