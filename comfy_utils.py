@@ -8,21 +8,17 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import math
 import os
 import re
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
-
-logger = logging.getLogger(__name__)
 
 Workflow = dict[str, dict[str, Any]]
 """An API-format workflow: node id -> {"class_type", "inputs", ...}."""
@@ -232,6 +228,8 @@ def is_job_id(value: object) -> bool:
 
 def new_job_id() -> str:
     """A fresh job id."""
+    import uuid  # which imports more than all else here
+
     return str(uuid.uuid4())
 
 
@@ -455,58 +453,55 @@ LAUNCH_FAILURE_AGE_S = 900
 
 # What AWS says in a failed launch's StatusMessage (EC2 Auto Scaling user guide, "Troubleshoot", and RunInstances'
 # error messages), and what we say. The first match wins.
-_LAUNCH_FAILURES = [
-    (re.compile(pattern, re.IGNORECASE), sentence)
-    for pattern, sentence in (
-        (
-            r"sufficient (?P<type>\S+) capacity in the Availability Zone you requested \((?P<zone>[\w-]+)\)",
-            "AWS has no {type} free in {zone} just now: it is tried again by itself; "
-            "more types in INSTANCE_TYPES find room sooner",
-        ),
-        (
-            r"vCPU limit of (?P<limit>\d+)",
-            "the account's quota of {limit} vCPUs leaves no room for another instance: raise 'Running On-Demand "
-            "G and VT instances' (for a type g…; other types have quotas of their own) in Service Quotas",
-        ),
-        (
-            r"max ?spot ?instance ?count ?exceeded",
-            "the account's quota for spot instances is used up: raise 'All G and VT Spot Instance Requests' "
-            "(for a type g…; other types have quotas of their own) in Service Quotas",
-        ),
-        (
-            r"no spot capacity available|spot instances\..*(?:UnfulfillableCapacity|InsufficientInstanceCapacity)",
-            "AWS has no spot instance of this kind free just now: it is tried again by itself; "
-            "more types in INSTANCE_TYPES find room sooner",
-        ),
-        (
-            r"UnfulfillableCapacity|InsufficientInstanceCapacity|unable to fulfill capacity|sufficient \S+ capacity",
-            "AWS has no instance of this kind free just now: it is tried again by itself; "
-            "more types in INSTANCE_TYPES find room sooner",
-        ),
-        (
-            r"instance type \((?P<type>[\w.-]+)\) is not supported in your requested Availability Zone \((?P<zone>[\w-]+)\)",
-            "there is no {type} in {zone}: other zones are tried by themselves; "
-            "more types in INSTANCE_TYPES find room sooner",
-        ),
-        (
-            r"is pending, and cannot be run|InvalidAMIID\.Unavailable|image id '\S+' is not available",
-            "the image is not ready yet: instances start by themselves once it is, some minutes after create_env.sh",
-        ),
-        (
-            r"(?:image|AMI) id \W*(?P<image>ami-\w+)\W* does not exist",
-            "the fleet's image {image} does not exist any more: run create_env.sh again",
-        ),
-        (
-            r"Client\.InternalError",
-            "an instance ended as it started, most likely because its disk's key is refused: "
-            "let the role AWSServiceRoleForAutoScaling use the KMS key",
-        ),
-        (
-            r"launch template|instance ?profile|security group\b.* does not exist|key pair\b.* does not exist|subnet\b.* does not exist",
-            "AWS cannot launch what the launch template says ({words}): run create_env.sh again",
-        ),
-    )
-]
+_LAUNCH_FAILURES = (
+    (
+        r"sufficient (?P<type>\S+) capacity in the Availability Zone you requested \((?P<zone>[\w-]+)\)",
+        "AWS has no {type} free in {zone} just now: it is tried again by itself; "
+        "more types in INSTANCE_TYPES find room sooner",
+    ),
+    (
+        r"vCPU limit of (?P<limit>\d+)",
+        "the account's quota of {limit} vCPUs leaves no room for another instance: raise 'Running On-Demand "
+        "G and VT instances' (for a type g…; other types have quotas of their own) in Service Quotas",
+    ),
+    (
+        r"max ?spot ?instance ?count ?exceeded",
+        "the account's quota for spot instances is used up: raise 'All G and VT Spot Instance Requests' "
+        "(for a type g…; other types have quotas of their own) in Service Quotas",
+    ),
+    (
+        r"no spot capacity available|spot instances\..*(?:UnfulfillableCapacity|InsufficientInstanceCapacity)",
+        "AWS has no spot instance of this kind free just now: it is tried again by itself; "
+        "more types in INSTANCE_TYPES find room sooner",
+    ),
+    (
+        r"UnfulfillableCapacity|InsufficientInstanceCapacity|unable to fulfill capacity|sufficient \S+ capacity",
+        "AWS has no instance of this kind free just now: it is tried again by itself; "
+        "more types in INSTANCE_TYPES find room sooner",
+    ),
+    (
+        r"instance type \((?P<type>[\w.-]+)\) is not supported in your requested Availability Zone \((?P<zone>[\w-]+)\)",
+        "there is no {type} in {zone}: other zones are tried by themselves; "
+        "more types in INSTANCE_TYPES find room sooner",
+    ),
+    (
+        r"is pending, and cannot be run|InvalidAMIID\.Unavailable|image id '\S+' is not available",
+        "the image is not ready yet: instances start by themselves once it is, some minutes after create_env.sh",
+    ),
+    (
+        r"(?:image|AMI) id \W*(?P<image>ami-\w+)\W* does not exist",
+        "the fleet's image {image} does not exist any more: run create_env.sh again",
+    ),
+    (
+        r"Client\.InternalError",
+        "an instance ended as it started, most likely because its disk's key is refused: "
+        "let the role AWSServiceRoleForAutoScaling use the KMS key",
+    ),
+    (
+        r"launch template|instance ?profile|security group\b.* does not exist|key pair\b.* does not exist|subnet\b.* does not exist",
+        "AWS cannot launch what the launch template says ({words}): run create_env.sh again",
+    ),
+)
 
 
 def explain_launch_failure(message: str) -> str:
@@ -517,7 +512,7 @@ def explain_launch_failure(message: str) -> str:
     words = re.sub(r"^Could not launch [\w-]+ Instances\.\s+", "", " ".join(message.split()))
     words = re.split(r"\.\s|\.$", words)[0][:300]
     for pattern, sentence in _LAUNCH_FAILURES:
-        if match := pattern.search(message):
+        if match := re.search(pattern, message, re.IGNORECASE):
             return sentence.format(**match.groupdict(), words=words)
     return f"AWS launches no instance: {words}"
 
