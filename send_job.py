@@ -6,7 +6,6 @@ Works when copied elsewhere with only comfy_utils.py and `env` (and the demo wor
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import math
@@ -17,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from comfy_utils import (
     HERE,
@@ -48,6 +47,9 @@ from comfy_utils import (
     queue_depth,
     raise_capacity,
 )
+
+if TYPE_CHECKING:
+    import argparse
 
 DEMO_WORKFLOW = HERE / "simple_workflow.json"
 
@@ -603,6 +605,8 @@ def run_wait(sender: Sender, job_ids: Sequence[str], timeout_s: float | None) ->
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line, checked for what belongs together."""
+    import argparse
+
     parser = argparse.ArgumentParser(
         prog="send_job.py",
         description="Send jobs to the fleet: a workflow saved with Save (API Format), or a shell command.",
