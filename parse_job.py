@@ -676,12 +676,19 @@ class Worker:
         return True
 
     def restart_comfyui(self) -> None:
-        """Ask systemd for a new ComfyUI, and give it as long again to come up."""
+        """Kill ComfyUI, so that systemd starts it and all that belongs to it anew, and give it as long again to come up.
+
+        By its pid, because that needs no sudo; and at once, because one that hangs has nothing to put in order.
+        """
         logger.warning("Restarting ComfyUI")
-        command = ["sudo", "-n", "systemctl", "restart", "comfyui.service"]
+        command = ["systemctl", "show", "--property=MainPID", "--value", "comfyui.service"]
         try:
-            subprocess.run(command, check=True, timeout=60, stdin=subprocess.DEVNULL, capture_output=True)
-        except (OSError, subprocess.SubprocessError) as error:
+            shown = subprocess.run(
+                command, check=True, timeout=60, stdin=subprocess.DEVNULL, capture_output=True, text=True
+            )
+            if (pid := int(shown.stdout)) > 0:  # 0 where systemd is starting it already
+                os.kill(pid, signal.SIGKILL)
+        except (OSError, ValueError, subprocess.SubprocessError) as error:
             logger.error("Cannot restart ComfyUI: %s", error)
         self.answered_at = time.monotonic()
 
@@ -1206,6 +1213,31 @@ def notify_systemd(state: str) -> None:
         with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify_socket:
             notify_socket.connect("\0" + address[1:] if address.startswith("@") else address)
             notify_socket.send(state.encode())
+
+
+def finish_boot_report(folder: Path) -> dict[str, Any] | None:
+    """Add to boot.json in `folder` how long ComfyUI, which answers now, took for that, and the total; return it.
+
+    start_service.sh has begun it: {"booted_at": ISO, "comfyui_started_at": seconds since 1970, "phases": {name:
+    seconds}}. None where there is nothing to add: it is complete, or there is none.
+    """
+    file = folder / "boot.json"
+    try:
+        report: dict[str, Any] = json.loads(file.read_text())
+        if "total" in report:
+            return None
+        phases = report["phases"]
+        phases["comfyui"] = round(time.time() - report["comfyui_started_at"], 3)
+        report["total"] = round(sum(phases.values()), 3)
+        new = file.with_suffix(".json.new")
+        new.write_text(json.dumps(report))
+        new.replace(file)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("Cannot complete %s: %s", file, error)
+        return None
+    return report
 
 
 def set_up_logging(folder: Path) -> None:

@@ -7,7 +7,8 @@
 #
 #   comfyui       mounts the bucket at s3/, copies the models to local disk where
 #                 COPY_MODEL_TO_LOCAL asks for it, links ComfyUI's models/, input/ and output/,
-#                 then becomes ComfyUI, which logs to logs/comfyui.log as well
+#                 then becomes ComfyUI, which logs to logs/comfyui.log as well; how long each step
+#                 took since the machine was switched on is written to logs/boot.json
 #   comfy-manage  waits until ComfyUI answers, then becomes the worker, parse_job.py
 #
 # Example: ./start_service.sh comfyui
@@ -25,6 +26,8 @@ INSTANCE_STORE_MODEL="Amazon EC2 NVMe Instance Storage"
 INSTANCE_STORE_LABEL=comfy-local
 COPY_TRIES=3
 COPY_PAUSE_SECONDS=${COPY_PAUSE_SECONDS:-10}
+COPY_REQUESTS=32 # at once, of the AWS CLI; its own default is 10
+COPY_PARTS=16    # of one file at once, of s5cmd; its own default is 5
 LOG_LIMIT_BYTES=$((50 * 1024 * 1024))
 WAIT_REPORT_SECONDS=${WAIT_REPORT_SECONDS:-30}
 WATCHDOG_SECONDS=${WATCHDOG_SECONDS:-30}
@@ -35,6 +38,49 @@ usage() {
 
 say() {
   printf '%s: %s\n' "${0##*/}" "$*"
+}
+
+# --- How long the boot takes -----------------------------------------------------------------
+
+# now_ms: milliseconds since 1970. Bash writes the comma or the point of the locale.
+now_ms() {
+  local now=${EPOCHREALTIME/[.,]/}
+  printf '%s' "${now%???}"
+}
+
+# begin_phases: the boot begins when the kernel does. BOOTED_AT, seconds since 1970, is for a machine
+# that has no kernel of its own (the local cloud).
+begin_phases() {
+  local uptime
+  read -r uptime _ </proc/uptime # to the hundredth of a second
+  BOOTED_MS=$(($(now_ms) - 10#${uptime/./} * 10))
+  [[ -z ${BOOTED_AT:-} ]] || BOOTED_MS=${BOOTED_AT}000
+  PHASE_END_MS=$BOOTED_MS PHASES=""
+}
+
+# end_phase NAME: what has passed since the end of the phase before was NAME.
+end_phase() {
+  local now
+  now=$(now_ms)
+  PHASES+=", \"$1\": $(as_seconds $((now - PHASE_END_MS)))"
+  PHASE_END_MS=$now
+}
+
+as_seconds() {
+  printf '%d.%03d' $(($1 / 1000)) $(($1 % 1000))
+}
+
+# write_boot_report: once a boot. The last phase, until ComfyUI answers, is the worker's to add.
+write_boot_report() {
+  local file=$COMFY_HOME/logs/boot.json boot_id booted_at
+  read -r boot_id </proc/sys/kernel/random/boot_id
+  ! grep -qs "$boot_id" "$file" || return 0
+  booted_at=$(date --utc --date "@$((BOOTED_MS / 1000))" +%Y-%m-%dT%H:%M:%SZ)
+  # Renamed in one step, because the worker may be reading.
+  if ! printf '{"booted_at": "%s", "boot_id": "%s", "comfyui_started_at": %s, "phases": {%s}}\n' "$booted_at" "$boot_id" \
+    "$(as_seconds "$PHASE_END_MS")" "${PHASES#, }" 2>/dev/null >"$file.new" || ! mv --force "$file.new" "$file"; then
+    say "cannot write $file: going on without it"
+  fi
 }
 
 # --- Settings --------------------------------------------------------------------------------
@@ -95,9 +141,20 @@ mount_bucket() {
     return
   fi
   need_command mount-s3 "install Mountpoint for Amazon S3"
-  # Region and endpoint reach it by AWS_REGION and AWS_ENDPOINT_URL.
-  mount-s3 --allow-delete --allow-overwrite "$S3_BUCKET" "$MOUNT" \
-    || die "cannot mount the bucket $S3_BUCKET at $MOUNT: see the message above; does the bucket exist, and may this instance's role use it?"
+  # Models that are read through the mount are read again from an instance store. `minimal`, because
+  # the cache would otherwise take a minute to see that an input has changed.
+  if [[ -z $COPY_MODEL_TO_LOCAL ]] && prepare_local_disk; then
+    install -d -m 700 "$LOCAL/cache"
+    # It only makes things faster, and a Mountpoint older than 1.7 does not know the options.
+    if mount_s3 --cache "$LOCAL/cache" --metadata-ttl minimal; then return; fi
+    say "cannot mount with a cache in $LOCAL/cache: mounting without it"
+  fi
+  mount_s3 || die "cannot mount the bucket $S3_BUCKET at $MOUNT: see the message above; does the bucket exist, and may this instance's role use it?"
+}
+
+# mount_s3 OPTION...: region and endpoint reach it by AWS_REGION and AWS_ENDPOINT_URL.
+mount_s3() {
+  mount-s3 --allow-delete --allow-overwrite "$@" "$S3_BUCKET" "$MOUNT"
 }
 
 # link_folder NAME TARGET: makes ComfyUI/NAME a link to TARGET, unless somebody has put something
@@ -123,7 +180,7 @@ link_folder() {
   say "$link now points to $target"
 }
 
-# --- comfyui: models on local disk -----------------------------------------------------------
+# --- comfyui: the instance store -------------------------------------------------------------
 
 # is_blank DEVICE: no partitions, no file system, not mounted; and a look at the disk itself finds
 # no signature either. In doubt: not blank.
@@ -151,20 +208,24 @@ find_instance_store() {
   [[ -n $blank ]] && printf '%s\n' "$blank"
 }
 
-# prepare_local_disk: mounts the instance store at local/, if there is one we may use; otherwise
+# prepare_local_disk: mounts the instance store at local/. Fails when there is none we may use: then
 # local/ is a folder on the root disk.
 prepare_local_disk() {
   local device
   mkdir -p "$LOCAL"
   if mountpoint -q "$LOCAL"; then
     say "$LOCAL is mounted already"
-  elif ! device=$(find_instance_store); then
-    say "no free instance store here: models are copied to the root disk"
-  elif mount_instance_store "$device"; then
-    say "the instance store $device is mounted at $LOCAL"
-  else
-    say "cannot use the instance store $device (see above): models are copied to the root disk"
+    return
   fi
+  if ! device=$(find_instance_store); then
+    say "there is no free instance store"
+    return 1
+  fi
+  if ! mount_instance_store "$device"; then
+    say "cannot use the instance store $device (see above)"
+    return 1
+  fi
+  say "the instance store $device is mounted at $LOCAL"
 }
 
 mount_instance_store() {
@@ -175,32 +236,38 @@ mount_instance_store() {
   sudo -n mount -o noatime "$1" "$LOCAL" && sudo -n chown "$(id -u):$(id -g)" "$LOCAL"
 }
 
+# --- comfyui: models on local disk -----------------------------------------------------------
+
 # fetch_models: makes local/models what s3://…/models/ is. A model that was removed from the bucket
 # goes from a fleet instance too. It stays on the base machine, where a designer may have put into
 # this very folder a model that is nowhere else.
 fetch_models() {
-  local source=s3://$S3_BUCKET/models/ target=$LOCAL/models endpoint=() delete=()
+  local source=s3://$S3_BUCKET/models/ target=$LOCAL/models endpoint=() delete=() config=()
   # s5cmd and older AWS CLIs do not read this variable.
   [[ -z ${AWS_ENDPOINT_URL:-} ]] || endpoint=(--endpoint-url "$AWS_ENDPOINT_URL")
   [[ $ENV == base ]] || delete=(--delete)
   if [[ $COPY_MODEL_TO_LOCAL == awscli ]]; then
+    # Requests at once are set only in a configuration file. One that this machine has decides, because
+    # its credentials may be in it.
+    if [[ ! -s ${AWS_CONFIG_FILE:-$HOME/.aws/config} ]]; then
+      printf '[default]\ns3 =\n  max_concurrent_requests = %s\n' "$COPY_REQUESTS" >"$LOCAL/aws-config"
+      config=(env "AWS_CONFIG_FILE=$LOCAL/aws-config")
+    fi
     # Without --exact-timestamps a model replaced by one of the same size is not noticed.
-    aws "${endpoint[@]}" s3 sync --exact-timestamps --no-progress "${delete[@]}" "$source" "$target"
+    "${config[@]}" aws "${endpoint[@]}" s3 sync --exact-timestamps --no-progress "${delete[@]}" "$source" "$target"
     return
   fi
   # s5cmd is fast, but when it cannot list the bucket it exits with 0, and with --delete it then
   # removes what is here (seen in 2.3.0). So: --exit-on-error, which fails on an empty folder, hence
   # the file; and the AWS CLI has the last word on what is there and what must go.
   touch "$target/.s5cmd" \
-    && s5cmd "${endpoint[@]}" sync --exit-on-error "$source*" "$target/" \
+    && s5cmd "${endpoint[@]}" sync --exit-on-error --concurrency "$COPY_PARTS" "$source*" "$target/" \
     && aws "${endpoint[@]}" s3 sync --size-only --no-progress "${delete[@]}" "$source" "$target"
 }
 
 copy_models() {
   local try models=$COMFY_HOME/ComfyUI/models
-  need_command aws "install the AWS CLI"
-  [[ $COPY_MODEL_TO_LOCAL != s5cmd ]] || need_command s5cmd "install s5cmd 2.2 or newer, or set COPY_MODEL_TO_LOCAL=awscli"
-  prepare_local_disk
+  if ! prepare_local_disk; then say "models are copied to the root disk"; fi
   mkdir -p "$LOCAL/models"
   say "copying s3://$S3_BUCKET/models/ to $LOCAL/models"
   for ((try = 1; ; try++)); do
@@ -232,19 +299,32 @@ log_to() {
 }
 
 start_comfyui() {
-  local arguments extra python=${COMFYUI_PYTHON:-$COMFY_HOME/venv/bin/python}
+  local arguments extra copying python=${COMFYUI_PYTHON:-$COMFY_HOME/venv/bin/python}
   log_to "$COMFY_HOME/logs/comfyui.log"
   [[ -f $COMFY_HOME/ComfyUI/main.py ]] || die "there is no ComfyUI in $COMFY_HOME/ComfyUI: install it there, or set COMFY_HOME in $HERE/env"
   need_command "$python" "make the virtual environment, or set COMFYUI_PYTHON in $HERE/env"
-  mount_bucket
+  # The copy goes on beside all that does not need it. ComfyUI does: it answers as soon as it runs, and
+  # then jobs come; and some custom nodes look only once which models there are.
   if [[ -n $COPY_MODEL_TO_LOCAL ]]; then
-    copy_models
+    need_command aws "install the AWS CLI"
+    [[ $COPY_MODEL_TO_LOCAL != s5cmd ]] || need_command s5cmd "install s5cmd 2.2 or newer, or set COPY_MODEL_TO_LOCAL=awscli"
+    copy_models &
+    copying=$!
+  fi
+  mount_bucket
+  link_folder input "$MOUNT/input"
+  link_folder output "$MOUNT/output"
+  end_phase mount
+  if [[ -n $COPY_MODEL_TO_LOCAL ]]; then
+    # A new instance fetches each block of its disk from S3 when it is first read: those of PyTorch,
+    # gigabytes of them, meanwhile.
+    "$python" -c 'import torch' >/dev/null 2>&1 &
+    wait "$copying" || exit 1 # it has said why
     link_folder models "$LOCAL/models"
+    end_phase models
   else
     link_folder models "$MOUNT/models"
   fi
-  link_folder input "$MOUNT/input"
-  link_folder output "$MOUNT/output"
 
   arguments=(--listen "$COMFY_LISTEN" --port "${COMFY_ADDRESS##*:}")
   if [[ $ENV != base ]]; then
@@ -255,6 +335,7 @@ start_comfyui() {
   read -ra extra <<<"${COMFYUI_ARGS:-}"
   cd "$COMFY_HOME/ComfyUI"
   export PYTHONUNBUFFERED=1 # or the log lags behind by a pipe's buffer
+  write_boot_report
   say "starting ComfyUI for ENV=$ENV on $COMFY_LISTEN:${COMFY_ADDRESS##*:}"
   exec "$python" main.py "${arguments[@]}" "${extra[@]}"
 }
@@ -314,8 +395,11 @@ main() {
       exit 2
       ;;
   esac
+  begin_phases
+  end_phase system
   [[ $1 == comfyui ]] || tell_systemd
   wait_for_cloud_init
+  end_phase cloud_init
   load_settings
   if [[ $1 == comfyui ]]; then start_comfyui; else start_worker; fi
 }

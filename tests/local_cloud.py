@@ -748,6 +748,7 @@ class Machine:
         self.off = threading.Event()
         self.services: dict[str, subprocess.Popen[bytes]] = {}
         self.booted = False
+        self.booted_at = int(time.time())
         self.metadata: dict[str, str] = {
             "instance-id": instance_id,
             "placement/region": REGION,
@@ -783,6 +784,7 @@ class Machine:
             "AWS_CONFIG_FILE": "/dev/null",
             "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
             aws_cli.VARIABLE: self.cloud.aws_cli_socket,
+            "BOOTED_AT": str(self.booted_at),
             "COMFY_HOME": str(self.folder),
             "COMFY_ADDRESS": f"127.0.0.1:{self.comfy_port}",
             "LOCAL_INSTANCE_DIR": str(self.side),

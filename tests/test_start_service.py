@@ -13,11 +13,14 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import boto3
 import pytest
+
+from parse_job import finish_boot_report
 
 ROOT = Path(__file__).parent.parent
 TESTS = ROOT / "tests"
@@ -425,6 +428,63 @@ def test_comfyui_runs_on_when_the_disk_is_full(machine: Machine) -> None:
     assert machine.started()
 
 
+# --- How long the boot takes -------------------------------------------------------------------
+
+
+def boot_report(machine: Machine) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((machine.home / "logs/boot.json").read_text())
+    return report
+
+
+@pytest.mark.parametrize(("copy", "more"), [("", []), ("awscli", ["models"])])
+def test_the_seconds_of_the_boot_are_written_down(machine: Machine, copy: str, more: list[str]) -> None:
+    machine.settings(COPY_MODEL_TO_LOCAL=copy)
+    machine.stub("cloud-init", "sleep 0.3")
+    machine.stub("mount-s3", 'sleep 0.2; echo "${@: -1}" >>"$STATE/mounted"')
+    machine.stub("aws", "sleep 0.6")
+    booted_at = int(time.time()) - 7
+    machine.runs("comfyui", BOOTED_AT=str(booted_at))
+    report, phases = boot_report(machine), boot_report(machine)["phases"]
+    assert datetime.fromisoformat(report["booted_at"]).timestamp() == booted_at
+    assert list(phases) == ["system", "cloud_init", "mount", *more]
+    least = {"system": 7.0, "cloud_init": 0.3, "mount": 0.2}
+    assert all(phases[name] >= seconds for name, seconds in least.items())
+    assert sum(phases.values()) == pytest.approx(report["comfyui_started_at"] - booted_at, abs=0.001)
+    if copy:
+        assert phases["mount"] + phases["models"] >= 0.6, "the copy runs beside the mount"
+
+    started = time.time()
+    finished = finish_boot_report(machine.home / "logs")
+    assert finished is not None
+    assert boot_report(machine) == finished
+    assert list(finished["phases"]) == [*phases, "comfyui"]
+    assert finished["phases"]["comfyui"] >= started - report["comfyui_started_at"] - 0.001
+    assert finished["total"] == pytest.approx(sum(finished["phases"].values()), abs=0.001)
+    assert finished["total"] == pytest.approx(time.time() - booted_at, abs=5)
+    assert finish_boot_report(machine.home / "logs") is None, "only the first answer after a boot counts"
+
+    machine.runs("comfyui")
+    assert boot_report(machine) == finished, "a restart of the service is no boot"
+    (machine.home / "logs/boot.json").write_text(json.dumps(finished | {"boot_id": "the boot before"}))
+    machine.runs("comfyui")
+    assert boot_report(machine)["boot_id"] == report["boot_id"]
+    assert "total" not in boot_report(machine)
+
+
+def test_without_the_local_cloud_the_boot_begins_with_the_kernel(machine: Machine) -> None:
+    machine.runs("comfyui")
+    uptime_s = float(Path("/proc/uptime").read_text().split()[0])
+    assert boot_report(machine)["phases"]["system"] == pytest.approx(uptime_s, abs=PATIENCE_SECONDS)
+
+
+@pytest.mark.parametrize("garbage", ["", "[]", "{}", '{"phases": {}, "comfyui_started_at": "now"}'])
+def test_a_boot_report_that_is_none_is_left_alone(tmp_path: Path, garbage: str) -> None:
+    assert finish_boot_report(tmp_path) is None
+    (tmp_path / "boot.json").write_text(garbage)
+    assert finish_boot_report(tmp_path) is None
+    assert (tmp_path / "boot.json").read_text() == garbage
+
+
 # --- comfyui: the bucket and the links ---------------------------------------------------------
 
 
@@ -648,6 +708,70 @@ def test_a_missing_tool_is_named(machine: Machine) -> None:
     assert "COPY_MODEL_TO_LOCAL=awscli" in answer
 
 
+class Counting(http.server.BaseHTTPRequestHandler):
+    """An S3 with forty small models that counts how many are asked for at once."""
+
+    asked = most = 0
+    lock = threading.Lock()
+
+    def do_GET(self) -> None:
+        if "list-type" in self.path:
+            stamp = "<LastModified>2026-01-01T00:00:00.000Z</LastModified>"
+            keys = (f"<Contents><Key>models/m{n}</Key><Size>1</Size>{stamp}</Contents>" for n in range(40))
+            self.answer(
+                f"<ListBucketResult><IsTruncated>false</IsTruncated>{''.join(keys)}</ListBucketResult>".encode()
+            )
+            return
+        kind = type(self)
+        with kind.lock:
+            kind.asked += 1
+            kind.most = max(kind.most, kind.asked)
+        time.sleep(0.3)  # the way to S3 and back
+        with kind.lock:
+            kind.asked -= 1
+        self.answer(b"m")
+
+    def do_HEAD(self) -> None:
+        self.answer(b"m")
+
+    def answer(self, body: bytes) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.send_header("ETag", '"e"')
+        self.send_header("Last-Modified", "Thu, 01 Jan 2026 00:00:00 GMT")
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_args: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("own_settings", "most"), [(False, range(17, 33)), (True, range(5))])
+def test_the_copy_asks_for_many_models_at_once(
+    machine: Machine, serve: Callable[..., http.server.ThreadingHTTPServer], own_settings: bool, most: range
+) -> None:
+    """Unless the machine has a configuration of the AWS CLI, with which its credentials may come."""
+    (machine.stubs / "aws").unlink()
+    machine.settings(COPY_MODEL_TO_LOCAL="awscli")
+    if own_settings:
+        (machine.home.parent / ".aws").mkdir()
+        (machine.home.parent / ".aws/config").write_text("[default]\ns3 =\n  max_concurrent_requests = 4\n")
+    Counting.most = 0
+    port = serve(Counting).server_address[1]
+    machine.runs("comfyui", AWS_ENDPOINT_URL=f"http://127.0.0.1:{port}")
+    assert len(tree(machine.home / "local/models")) == 40
+    assert Counting.most in most
+
+
+def test_the_bucket_is_mounted_while_models_are_copied_and_comfyui_waits_for_them(machine: Machine) -> None:
+    machine.settings(COPY_MODEL_TO_LOCAL="awscli")
+    machine.stub("aws", f'until [[ -L "{machine.comfyui}/output" ]]; do sleep 0.05; done; touch "$STATE/copied"')
+    main = machine.comfyui / "main.py"
+    main.write_text(main.read_text() + 'assert Path(os.environ["STATE"], "copied").exists()\n')
+    machine.runs("comfyui")
+
+
 def test_real_models_are_moved_aside_for_the_copy(machine: Machine) -> None:
     machine.settings(COPY_MODEL_TO_LOCAL="awscli")
     for text in ("first", "second"):
@@ -733,11 +857,31 @@ def test_without_sudo_the_root_disk_is_used(machine: Machine) -> None:
     assert machine.calls("mkfs.ext4") == machine.calls("mount") == []
 
 
-def test_no_disk_is_looked_at_without_the_copy(machine: Machine) -> None:
+def test_without_the_copy_an_instance_store_is_the_mounts_cache(machine: Machine) -> None:
     machine.disks({"/dev/nvme1n1": BLANK})
     machine.runs("comfyui")
-    assert machine.calls("mkfs.ext4") == machine.calls("mount") == []
-    assert not (machine.home / "local").exists()
+    cache = machine.home / "local/cache"
+    options = f"--allow-delete --allow-overwrite --cache {cache} --metadata-ttl minimal"
+    assert machine.calls("mount-s3") == [f"mount-s3 {options} bucket-of-base {machine.home}/s3"]
+    assert cache.stat().st_mode & 0o777 == 0o700
+    assert machine.link("models") == "../s3/models"
+
+
+@pytest.mark.parametrize("copy", ["", "awscli"])
+def test_there_is_no_cache_where_there_is_no_use_for_it(machine: Machine, copy: str) -> None:
+    machine.disks({"/dev/nvme1n1": BLANK if copy else BLANK | {"FSTYPE": "xfs"}})
+    machine.settings(COPY_MODEL_TO_LOCAL=copy)
+    machine.runs("comfyui")
+    assert [call.split()[1:-2] for call in machine.calls("mount-s3")] == [["--allow-delete", "--allow-overwrite"]]
+
+
+def test_a_mountpoint_that_knows_no_such_cache_does_without(machine: Machine) -> None:
+    machine.disks({"/dev/nvme1n1": OURS})
+    machine.stub("mount-s3", '[[ $* != *minimal* ]] && echo "${@: -1}" >>"$STATE/mounted"')
+    result = machine.run("comfyui")
+    assert result.returncode == 0, result.stderr
+    assert "mounting without it" in result.stdout
+    assert machine.started()
 
 
 @pytest.mark.skipif(not shutil.which("lsblk"), reason="no lsblk here")
