@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
 #
 # Makes an environment from the base machine, or brings one up to date: image, launch template,
-# Auto Scaling group, alarm, bucket and queues.
+# Auto Scaling group, alarm, bucket, queues, and a role for its instances.
 #
 # Usage: ./create_env.sh NAME [INSTANCE_ID] [--reboot] [--with-output]
+#        ./create_env.sh --print-policy worker|sender|operator [NAME]
 #
 #   NAME           the environment: lowercase letters, digits and hyphens, such as pro
 #   INSTANCE_ID    the base machine; needed only where this is not run on the base machine itself
 #   --reboot       reboot the base machine for an image that is consistent to the last byte
 #   --with-output  copy the base bucket's output/ as well
+#   --print-policy print the IAM policy, as small as AWS allows, of an instance, of who sends jobs, or of
+#                  who runs this script and delete_env.sh; without NAME for the ENV in the settings
 #
 # Example: ./create_env.sh pro
 #
@@ -32,6 +35,7 @@ WARMUP_SECONDS=300
 # How long to wait for AWS, and how long between two looks.
 IMAGE_WAIT_SECONDS=${IMAGE_WAIT_SECONDS:-7200}
 QUEUE_WAIT_SECONDS=${QUEUE_WAIT_SECONDS:-90}
+PROFILE_WAIT_SECONDS=${PROFILE_WAIT_SECONDS:-120}
 POLL_SECONDS=${POLL_SECONDS:-10}
 
 DRY_RUN=no # --dry-run: yes
@@ -100,6 +104,7 @@ read_settings() {
   : "${ASG_NAME:=$PREFIX-$ENV-asg}"
   : "${INSTANCE_TYPE:=g5.2xlarge}"
   : "${INSTANCE_TYPES:=}"
+  : "${INSTANCE_PROFILE:=}"
   : "${SPOT_PERCENT:=0}"
   : "${WARM_POOL:=0}"
   : "${MIN_INSTANCES:=0}"
@@ -144,6 +149,9 @@ choose_env() {
   DLQ_NAME=$SQS_NAME-dlq
   TEMPLATE_NAME=$ASG_NAME-template
   ALARM_NAME=$ASG_NAME-first-instance # its scaling policy too
+  WORKER_ROLE=$ASG_NAME-worker        # its instance profile too
+  # The names of roles are one region's and all regions': the path, which nobody can change, says whose.
+  WORKER_PATH=/$PREFIX/$REGION/$ENV/
   # AWS_REGION too: AWS CLI v2 prefers it.
   export AWS_DEFAULT_REGION=$REGION AWS_REGION=$REGION AWS_RETRY_MODE=standard AWS_PAGER=""
 }
@@ -166,8 +174,16 @@ check_fleet_settings() {
   ((WARM_POOL == 0 || SPOT_PERCENT == 0)) \
     || die "WARM_POOL is $WARM_POOL and SPOT_PERCENT is $SPOT_PERCENT, but AWS keeps no Spot instances in a warm pool: set one of them in $HERE/env to 0"
   choose_types
+  check_profile
   [[ $COMFY_HOME == /* ]] \
     || die "COMFY_HOME is '$COMFY_HOME': set it in $HERE/env to a folder on the base machine, starting with /"
+}
+
+check_profile() {
+  [[ $INSTANCE_PROFILE =~ ^[A-Za-z0-9_+=,.@-]{0,128}$ ]] \
+    || die "INSTANCE_PROFILE is '$INSTANCE_PROFILE': set it in $HERE/env to the name of an instance profile, which is no ARN, or to nothing"
+  [[ -n $INSTANCE_PROFILE ]] || ((${#WORKER_ROLE} <= 64)) \
+    || die "the role's name '$WORKER_ROLE' has ${#WORKER_ROLE} characters and IAM allows 64: choose a shorter ASG_NAME in $HERE/env"
 }
 
 # choose_types: sets TYPES, which is empty where the group has the launch template's one type.
@@ -244,8 +260,8 @@ find_instance_id() {
   printf '%s' "${answer##*$'\n'}"
 }
 
-# inspect_base INSTANCE_ID: sets VPC, SECURITY_GROUPS, PROFILE, KEY_NAME and DEVICES (None where the
-# base has none).
+# inspect_base INSTANCE_ID: sets VPC, SECURITY_GROUPS, KEY_NAME and DEVICES (None where the base has
+# none).
 inspect_base() {
   local id=$1 answer state
   [[ $id =~ ^i-([0-9a-f]{8}|[0-9a-f]{17})$ ]] \
@@ -253,17 +269,14 @@ inspect_base() {
   # By a filter, not by --instance-ids: an unknown id is then an empty answer and not an error.
   answer=$(ask_aws "look at the base machine $id" ec2 describe-instances \
     --filters "Name=instance-id,Values=$id" \
-    --query "Reservations[0].Instances[0].[State.Name, VpcId, KeyName, IamInstanceProfile.Arn,
+    --query "Reservations[0].Instances[0].[State.Name, VpcId, KeyName,
       join(' ', SecurityGroups[].GroupId) || 'None', join(' ', BlockDeviceMappings[].DeviceName) || 'None']" \
     --output text)
-  IFS=$'\t' read -r state VPC KEY_NAME PROFILE SECURITY_GROUPS DEVICES <<<"$answer"
+  IFS=$'\t' read -r state VPC KEY_NAME SECURITY_GROUPS DEVICES <<<"$answer"
   [[ $state != None ]] \
     || die "there is no instance $id in $REGION: give the id of the base machine, and check REGION in $HERE/env"
   [[ $state == running || $state == stopped ]] \
     || die "the instance $id is $state: an image can be made of it when it is running or stopped"
-  if [[ $PROFILE == None ]]; then
-    printf 'Warning: the base machine %s has no instance profile, so the fleet will have no AWS permissions unless its image holds credentials.\n' "$id" >&2
-  fi
 }
 
 # choose_subnets: sets SUBNETS, comma-separated, and SUBNETS_ARE. A subnet is private when its route
@@ -334,23 +347,48 @@ ensure_queue() {
     if queue_is_as_wanted "$name" "$url" "$dlq_arn"; then
       report queue "$name" "already there"
     else
-      run_aws "change the queue $name" sqs set-queue-attributes --queue-url "$url" --attributes "{$attributes}"
+      run_aws "change the queue $name" sqs set-queue-attributes --queue-url "$url" --attributes "{$attributes$SECURITY}"
       report queue "$name" updated
     fi
     return
   done
-  create_queue "$name" "{$attributes}"
+  secure_queue "$name" False None
+  create_queue "$name" "{$attributes$SECURITY}"
   report queue "$name" created
 }
 
-# queue_is_as_wanted NAME URL DLQ_ARN
+# secure_queue NAME ENCRYPTED POLICY: sets SECURITY, the attributes that a queue with these lacks. A key
+# or a policy that somebody else gave it stays; one with which delete_env.sh drained it does not.
+secure_queue() {
+  local name=$1 encrypted=$2 policy=$3
+  SECURITY=""
+  [[ $encrypted == True ]] || SECURITY+=',"SqsManagedSseEnabled":"true"'
+  if [[ $policy == None || $policy == *'"Draining"'* ]]; then
+    policy="{$(only_tls sqs "arn:$PARTITION:sqs:$REGION:$ACCOUNT_ID:$name")]}"
+    SECURITY+=",\"Policy\":\"${policy//\"/\\\"}\""
+  fi
+}
+
+# only_tls SERVICE RESOURCE...: the beginning of a resource's policy, which refuses every call that is not
+# encrypted on its way.
+only_tls() {
+  local service=$1 resources
+  shift
+  printf -v resources ',"%s"' "$@"
+  printf '"Version":"2012-10-17","Statement":[{"Sid":"OnlyTls","Effect":"Deny","Principal":"*","Action":"%s:*","Resource":[%s],"Condition":{"Bool":{"aws:SecureTransport":"false"}}}' \
+    "$service" "${resources#,}"
+}
+
+# queue_is_as_wanted NAME URL DLQ_ARN: sets SECURITY, as secure_queue does.
 queue_is_as_wanted() {
-  local name=$1 url=$2 dlq_arn=$3 answer numbers redrive
+  local name=$1 url=$2 dlq_arn=$3 answer numbers redrive encrypted policy
   answer=$(ask_aws "look at the queue $name" sqs get-queue-attributes --queue-url "$url" --attribute-names All \
     --query "Attributes.[join('/', [VisibilityTimeout, ReceiveMessageWaitTimeSeconds, MessageRetentionPeriod,
-      MaximumMessageSize]), RedrivePolicy]" \
+      MaximumMessageSize]), RedrivePolicy, SqsManagedSseEnabled=='true' || KmsMasterKeyId!=null, Policy]" \
     --output text) || exit
-  IFS=$'\t' read -r numbers redrive <<<"$answer"
+  IFS=$'\t' read -r numbers redrive encrypted policy <<<"$answer"
+  secure_queue "$name" "$encrypted" "$policy"
+  [[ -z $SECURITY ]] || return 1
   [[ $numbers == "$VISIBILITY_TIMEOUT/$LONG_POLL_SECONDS/$RETENTION_SECONDS/$MESSAGE_BYTES" ]] || return 1
   # AWS gives the policy back in its own spelling: with or without spaces, 3 or "3".
   redrive=${redrive//[ \"]/}
@@ -377,6 +415,7 @@ create_queue() {
 ensure_bucket() {
   local with_output=$1 owner copied state="already there"
   local -a location=() exclude=(--exclude "input/jobs/*")
+  OURS=yes CHANGED=no
   owner=$(bucket_owner)
   if [[ $owner == gone ]]; then
     # S3 refuses the name of its oldest region here.
@@ -386,9 +425,10 @@ ensure_bucket() {
     state=created
   fi
   [[ $owner == "$ENV" ]] || claim_bucket "$owner"
-  run_aws "block public access to the bucket $S3_BUCKET" s3api put-public-access-block --bucket "$S3_BUCKET" \
-    --public-access-block-configuration \
-    BlockPublicAcls=true,IgnorePublicAcls=true,BlockPublicPolicy=true,RestrictPublicBuckets=true
+  if [[ $OURS == yes && $owner/$DRY_RUN != gone/yes ]]; then
+    secure_bucket
+    [[ $CHANGED == no || $state == created ]] || state=updated
+  fi
   report bucket "$S3_BUCKET" "$state"
 
   # input/jobs/ holds the base's own queued jobs.
@@ -401,6 +441,7 @@ ensure_bucket() {
 
 # claim_bucket OWNER: the tag says that delete_env.sh may remove the bucket, so one that was made
 # elsewhere gets it only while it is empty (as it is when an earlier run was stopped right here).
+# Sets OURS to no for one that stays somebody else's.
 claim_bucket() {
   local owner=$1 keys
   case $owner in
@@ -409,7 +450,8 @@ claim_bucket() {
       keys=$(ask_aws "list the bucket $S3_BUCKET" s3api list-objects-v2 --bucket "$S3_BUCKET" --max-keys 1 \
         --query KeyCount --output text)
       if ((keys)); then
-        report bucket "$S3_BUCKET" "has files but no comfy-env tag: used, but delete_env.sh will leave it alone"
+        report bucket "$S3_BUCKET" "has files but no comfy-env tag: used, but its settings stay as they are, and delete_env.sh will leave it alone"
+        OURS=no
         return
       fi
       ;;
@@ -417,6 +459,43 @@ claim_bucket() {
   esac
   run_aws "tag the bucket $S3_BUCKET" s3api put-bucket-tagging --bucket "$S3_BUCKET" \
     --tagging "{\"TagSet\":$(tags_json "$S3_BUCKET")}"
+}
+
+# secure_bucket: sets CHANGED. Only what is not there is set: a key, a policy or lifecycle rules of
+# somebody else stay.
+secure_bucket() {
+  local arn=arn:$PARTITION:s3:::$S3_BUCKET notifications
+  give_bucket public-access-block \
+    'PublicAccessBlockConfiguration | BlockPublicAcls && IgnorePublicAcls && BlockPublicPolicy && RestrictPublicBuckets' \
+    --public-access-block-configuration \
+    BlockPublicAcls=true,IgnorePublicAcls=true,BlockPublicPolicy=true,RestrictPublicBuckets=true
+  give_bucket bucket-encryption \
+    'ServerSideEncryptionConfiguration.Rules[0].ApplyServerSideEncryptionByDefault.SSEAlgorithm' \
+    --server-side-encryption-configuration \
+    '{"Rules":[{"ApplyServerSideEncryptionByDefault":{"SSEAlgorithm":"AES256"}}]}'
+  give_bucket bucket-policy Policy --policy "{$(only_tls s3 "$arn" "$arn/*")]}"
+  give_bucket bucket-lifecycle-configuration 'Rules[0].Status' --lifecycle-configuration \
+    '{"Rules":[{"ID":"unfinished uploads","Status":"Enabled","Filter":{"Prefix":""},"AbortIncompleteMultipartUpload":{"DaysAfterInitiation":7}}]}'
+  # All notifications are replaced at once, so those that are there go with it.
+  # shellcheck disable=SC2016 # JMESPath's backticks
+  notifications=$(ask_aws "look at the notifications of the bucket $S3_BUCKET" \
+    s3api get-bucket-notification-configuration --bucket "$S3_BUCKET" --output json \
+    --query 'merge(@, {EventBridgeConfiguration: `{}`})')
+  give_bucket bucket-notification-configuration 'EventBridgeConfiguration != null' \
+    --notification-configuration "$notifications"
+}
+
+# give_bucket SETTING QUERY OPTION VALUE: VALUE where QUERY finds nothing.
+give_bucket() {
+  local setting=$1 query=$2 option=$3 value=$4 answer
+  if ! answer=$(aws s3api "get-$setting" --bucket "$S3_BUCKET" --query "$query" --output text 2>&1); then
+    [[ $answer == *NoSuch*Configuration* || $answer == *NoSuchBucketPolicy* || $answer == *NotFoundError* ]] \
+      || die "cannot look at the $setting of the bucket $S3_BUCKET:$(one_line "$answer")"
+    answer=None
+  fi
+  [[ $answer == None || $answer == False ]] || return 0
+  run_aws "set the $setting of the bucket $S3_BUCKET" s3api "put-$setting" --bucket "$S3_BUCKET" "$option" "$value"
+  CHANGED=yes
 }
 
 # bucket_owner: the environment in the bucket's tag, None without one, `gone` without a bucket.
@@ -431,6 +510,218 @@ bucket_owner() {
     printf gone
   else
     die "cannot look at the bucket $S3_BUCKET; if another account has its name, change S3_BUCKET in $HERE/env:$(one_line "$answer")"
+  fi
+}
+
+# --- Permissions -----------------------------------------------------------------------------
+
+# print_policy WHO [NAME]: needs no AWS call, so that who has no permission yet can ask for one.
+print_policy() {
+  local who=$1 name=$2
+  (($# <= 2)) || die "the argument '$3' is one too many: see --help"
+  [[ $who == worker || $who == sender || $who == operator ]] \
+    || die "'$who' is no one's policy: use --print-policy worker, sender or operator"
+  if [[ -z $name ]]; then
+    name=$(load_env "$HERE/env" && printf '%s' "${ENV:-base}")
+  fi
+  choose_env "$name"
+  check_profile
+  case $REGION in # as check_account finds it
+    cn-*) PARTITION=aws-cn ;;
+    us-gov-*) PARTITION=aws-us-gov ;;
+    *) PARTITION=aws ;;
+  esac
+  "${who}_policy"
+}
+
+# set_arns: begins a policy, and sets what the statements are about.
+set_arns() {
+  STATEMENTS=()
+  QUEUE_ARN=arn:$PARTITION:sqs:$REGION:$ACCOUNT_ID:$SQS_NAME
+  DLQ_ARN=arn:$PARTITION:sqs:$REGION:$ACCOUNT_ID:$DLQ_NAME
+  GROUP_ARN="arn:$PARTITION:autoscaling:$REGION:$ACCOUNT_ID:autoScalingGroup:*:autoScalingGroupName/$ASG_NAME"
+  BUCKET_ARN=arn:$PARTITION:s3:::$S3_BUCKET
+  EC2_SERVICE=ec2.amazonaws.com
+  [[ $PARTITION != aws-cn ]] || EC2_SERVICE=ec2.amazonaws.com.cn
+}
+
+# allow ACTIONS RESOURCES [CONDITION]: adds a statement. Actions and resources are separated by blanks.
+allow() {
+  local condition=${3:+,$'\n      "Condition": {'$3\}}
+  STATEMENTS+=("$(printf '    {\n      "Effect": "Allow",\n      "Action": %s,\n      "Resource": %s%s\n    }' \
+    "$(json_list "$1")" "$(json_list "$2")" "$condition")")
+}
+
+# json_list WORDS: ["one", "two"], or "one" alone; IAM counts the characters of a policy.
+json_list() {
+  local list
+  local -a words
+  read -ra words <<<"$1"
+  printf -v list '"%s", ' "${words[@]}"
+  list=${list%, }
+  if ((${#words[@]} == 1)); then printf '%s' "$list"; else printf '[%s]' "$list"; fi
+}
+
+policy_of_statements() {
+  local statements
+  printf -v statements '%s,\n' "${STATEMENTS[@]}"
+  printf '{\n  "Version": "2012-10-17",\n  "Statement": [\n%s\n  ]\n}\n' "${statements%,*}"
+}
+
+# worker_policy: of an instance. models/ is read only, so that no job can change what all others load; on
+# the base machine designers change everything through the mounted bucket.
+worker_policy() {
+  set_arns
+  local written="$BUCKET_ARN/input/* $BUCKET_ARN/output/*" write="s3:PutObject s3:AbortMultipartUpload"
+  [[ $ENV != base ]] || written="$BUCKET_ARN/*" write+=" s3:DeleteObject"
+  allow "sqs:GetQueueUrl sqs:GetQueueAttributes sqs:ReceiveMessage sqs:ChangeMessageVisibility sqs:DeleteMessage" "$QUEUE_ARN"
+  allow "autoscaling:DescribeAutoScalingGroups autoscaling:DescribeScalingActivities" "*"
+  allow "autoscaling:SetDesiredCapacity autoscaling:TerminateInstanceInAutoScalingGroup autoscaling:SetInstanceHealth \
+    autoscaling:CompleteLifecycleAction autoscaling:RecordLifecycleActionHeartbeat" "$GROUP_ARN"
+  allow "s3:ListBucket" "$BUCKET_ARN"
+  allow "s3:GetObject" "$BUCKET_ARN/*"
+  allow "$write" "$written"
+  allow "cloudwatch:PutMetricData" "*" "\"StringEquals\": {\"cloudwatch:namespace\": \"$PREFIX/$ENV\"}"
+  policy_of_statements
+}
+
+# sender_policy: of who sends jobs, waits for them and fetches their results.
+sender_policy() {
+  set_arns
+  allow "sqs:GetQueueUrl sqs:GetQueueAttributes" "$QUEUE_ARN $DLQ_ARN"
+  allow "sqs:SendMessage" "$QUEUE_ARN"
+  allow "autoscaling:DescribeAutoScalingGroups autoscaling:DescribeScalingActivities" "*"
+  allow "autoscaling:SetDesiredCapacity" "$GROUP_ARN"
+  allow "s3:ListBucket" "$BUCKET_ARN"
+  allow "s3:GetObject" "$BUCKET_ARN/input/* $BUCKET_ARN/output/*"
+  allow "s3:PutObject s3:AbortMultipartUpload" "$BUCKET_ARN/input/*"
+  policy_of_statements
+}
+
+# operator_policy: of who runs this script and delete_env.sh. It makes and removes only what carries the
+# environment's names or tags; of base it removes nothing.
+operator_policy() {
+  set_arns
+  # Images and snapshots have no account in their ARN. Where tags decide, the ARNs need not.
+  local any="arn:$PARTITION:ec2:$REGION:*" ec2=arn:$PARTITION:ec2:$REGION:$ACCOUNT_ID iam=arn:$PARTITION:iam::$ACCOUNT_ID
+  local template="$ec2:launch-template/*" roles="$iam:role$WORKER_PATH*" profiles="$iam:instance-profile$WORKER_PATH*"
+  local base=arn:$PARTITION:s3:::$BASE_S3_BUCKET alarms="arn:$PARTITION:cloudwatch:$REGION:$ACCOUNT_ID:alarm:$ASG_NAME-*"
+  local new="\"aws:RequestTag/comfy-env\": \"$ENV\", \"aws:RequestTag/comfy-prefix\": \"$PREFIX\""
+  local ours="\"StringEquals\": {\"aws:ResourceTag/comfy-env\": \"$ENV\", \"aws:ResourceTag/comfy-prefix\": \"$PREFIX\"}"
+
+  # These take no resource.
+  allow "ec2:DescribeInstances ec2:DescribeSubnets ec2:DescribeRouteTables ec2:DescribeVpcEndpoints ec2:DescribeImages \
+    ec2:DescribeSnapshots ec2:DescribeVolumes ec2:DescribeLaunchTemplate* ec2:DescribeInstanceType* \
+    autoscaling:Describe* cloudwatch:DescribeAlarms sqs:ListQueues iam:ListRoles iam:ListInstanceProfiles \
+    tag:GetResources servicequotas:GetServiceQuota" "*"
+  allow "sqs:CreateQueue sqs:TagQueue sqs:ListQueueTags sqs:GetQueueUrl sqs:GetQueueAttributes sqs:SetQueueAttributes" \
+    "$QUEUE_ARN $DLQ_ARN"
+  allow "s3:CreateBucket s3:ListBucket s3:GetBucket* s3:PutBucketTagging s3:PutBucketPublicAccessBlock \
+    s3:PutBucketPolicy s3:PutBucketNotification s3:GetEncryptionConfiguration s3:PutEncryptionConfiguration \
+    s3:GetLifecycleConfiguration s3:PutLifecycleConfiguration" "$BUCKET_ARN"
+  allow "s3:GetObject s3:PutObject s3:PutObjectTagging s3:AbortMultipartUpload" "$BUCKET_ARN/*"
+  if [[ $ENV != base ]]; then
+    allow "s3:ListBucket" "$base"
+    allow "s3:GetObject s3:GetObjectTagging" "$base/*"
+
+    allow "ec2:CreateImage" "$ec2:instance/*"
+    allow "ec2:CreateImage ec2:CreateLaunchTemplate" "$any" "\"StringEquals\": {$new}"
+    allow "ec2:CreateTags" "$any" \
+      "\"StringEquals\": {$new, \"ec2:CreateAction\": [\"CreateImage\", \"CreateLaunchTemplate\", \"RunInstances\"]}"
+    allow "ec2:CreateLaunchTemplateVersion ec2:ModifyLaunchTemplate ec2:DeleteLaunchTemplate ec2:RunInstances \
+      ec2:TerminateInstances ec2:DeleteVolume ec2:DeregisterImage ec2:DeleteSnapshot" "$any" "$ours"
+    # Asked for when a group is made or changed: whether its maker could launch what the template says.
+    allow "ec2:RunInstances" "$any:image/* $any:snapshot/* $ec2:instance/* $ec2:volume/* $ec2:network-interface/* $ec2:subnet/* \
+      $ec2:security-group/* $ec2:key-pair/*" "\"ArnLike\": {\"ec2:LaunchTemplate\": \"$template\"}"
+    allow "autoscaling:CreateAutoScalingGroup autoscaling:UpdateAutoScalingGroup autoscaling:DeleteAutoScalingGroup \
+      autoscaling:CreateOrUpdateTags autoscaling:PutLifecycleHook autoscaling:SuspendProcesses \
+      autoscaling:EnableMetricsCollection autoscaling:PutScalingPolicy autoscaling:PutWarmPool \
+      autoscaling:DeleteWarmPool autoscaling:SetDesiredCapacity" "$GROUP_ARN"
+    allow "cloudwatch:PutMetricAlarm cloudwatch:TagResource cloudwatch:ListTagsForResource cloudwatch:DeleteAlarms" "$alarms"
+    allow "cloudwatch:GetDashboard cloudwatch:PutDashboard cloudwatch:DeleteDashboards" \
+      "arn:$PARTITION:cloudwatch::$ACCOUNT_ID:dashboard/$ASG_NAME"
+
+    allow "iam:GetRole iam:CreateRole iam:TagRole iam:GetRolePolicy iam:PutRolePolicy iam:ListRolePolicies \
+      iam:ListAttachedRolePolicies iam:DeleteRolePolicy iam:DetachRolePolicy iam:DeleteRole" "$roles"
+    allow "iam:GetInstanceProfile iam:CreateInstanceProfile iam:TagInstanceProfile iam:AddRoleToInstanceProfile \
+      iam:RemoveRoleFromInstanceProfile iam:DeleteInstanceProfile" "$profiles"
+    if [[ -n $INSTANCE_PROFILE ]]; then
+      # Its role most likely has its name, as where the console has made both.
+      roles+=" $iam:role/$INSTANCE_PROFILE"
+      allow "iam:GetInstanceProfile" "$iam:instance-profile/$INSTANCE_PROFILE"
+    fi
+    allow "iam:PassRole" "$roles" "\"StringEquals\": {\"iam:PassedToService\": \"$EC2_SERVICE\"}"
+    # For the account's first group and its first Spot instance.
+    allow "iam:CreateServiceLinkedRole" "$iam:role/aws-service-role/*" \
+      "\"StringEquals\": {\"iam:AWSServiceName\": [\"autoscaling.amazonaws.com\", \"spot.amazonaws.com\"]}"
+
+    allow "sqs:DeleteQueue" "$QUEUE_ARN $DLQ_ARN"
+    allow "s3:DeleteBucket s3:ListBucketVersions s3:ListBucketMultipartUploads" "$BUCKET_ARN"
+    allow "s3:DeleteObject s3:DeleteObjectVersion" "$BUCKET_ARN/*"
+  fi
+  policy_of_statements
+}
+
+# ensure_profile: sets PROFILE, the instance profile of the workers: the one that INSTANCE_PROFILE names, or
+# one with a role that may do what worker_policy says and nothing else.
+ensure_profile() {
+  local answer path policy found state="already there"
+  if [[ -n $INSTANCE_PROFILE ]]; then
+    PROFILE=$INSTANCE_PROFILE
+    answer=$(aws iam get-instance-profile --instance-profile-name "$PROFILE" 2>&1) \
+      || die "cannot use the instance profile $PROFILE, see INSTANCE_PROFILE in $HERE/env:$(one_line "$answer")"
+    report profile "$PROFILE" "already there"
+    return
+  fi
+  PROFILE=$WORKER_ROLE
+  policy=$(worker_policy)
+  set_arns
+  path=$(ask_iam get-role --role-name "$WORKER_ROLE" --query Role.Path --output text)
+  if [[ $path == None ]]; then
+    run_aws "create the role $WORKER_ROLE" iam create-role \
+      --role-name "$WORKER_ROLE" \
+      --path "$WORKER_PATH" \
+      --description "comfy-on-ec2: the instances of the environment $ENV in $REGION" \
+      --assume-role-policy-document "{\"Version\":\"2012-10-17\",\"Statement\":[{\"Effect\":\"Allow\",\"Principal\":{\"Service\":\"$EC2_SERVICE\"},\"Action\":\"sts:AssumeRole\"}]}" \
+      --tags "$(tags_json "$WORKER_ROLE")"
+    state=created
+  elif [[ $path != "$WORKER_PATH" ]]; then
+    die "the role $WORKER_ROLE is not this environment's (its path is $path, not $WORKER_PATH): write another ASG_NAME in $HERE/env, such as one with \${REGION}, or name an instance profile in INSTANCE_PROFILE"
+  fi
+  found=$(ask_iam get-role-policy --role-name "$WORKER_ROLE" --policy-name worker --query PolicyDocument --output json)
+  if [[ ${found//[[:space:]]/} != "${policy//[[:space:]]/}" ]]; then
+    run_aws "set the policy of the role $WORKER_ROLE" iam put-role-policy \
+      --role-name "$WORKER_ROLE" \
+      --policy-name worker \
+      --policy-document "$policy"
+    [[ $state == created ]] || state=updated
+  fi
+  found=$(ask_iam get-instance-profile --instance-profile-name "$WORKER_ROLE" \
+    --query "InstanceProfile.join(' ', [Path, Roles[0].RoleName || 'None'])" --output text)
+  if [[ $found == None ]]; then
+    run_aws "create the instance profile $WORKER_ROLE" iam create-instance-profile \
+      --instance-profile-name "$WORKER_ROLE" \
+      --path "$WORKER_PATH" \
+      --tags "$(tags_json "$WORKER_ROLE")"
+  fi
+  if [[ $found != *" $WORKER_ROLE" ]]; then
+    run_aws "put the role into the instance profile $WORKER_ROLE" iam add-role-to-instance-profile \
+      --instance-profile-name "$WORKER_ROLE" \
+      --role-name "$WORKER_ROLE"
+    [[ $state == created ]] || state=updated
+  fi
+  report profile "$WORKER_ROLE" "$state"
+}
+
+# ask_iam ARG...: prints the answer, or None where IAM has no such thing.
+ask_iam() {
+  local answer
+  if answer=$(aws iam "$@" 2>&1); then
+    printf '%s' "$answer"
+  elif [[ $answer == *NoSuchEntity* ]]; then
+    printf None
+  else
+    die "cannot look at the role $WORKER_ROLE; where you may not, name an instance profile in INSTANCE_PROFILE in $HERE/env:$(one_line "$answer")"
   fi
 }
 
@@ -524,7 +815,7 @@ template_data() {
     done
     data+=",\"SecurityGroupIds\":[${ids#,}]"
   fi
-  [[ $PROFILE == None ]] || data+=",\"IamInstanceProfile\":{\"Arn\":\"$PROFILE\"}"
+  data+=",\"IamInstanceProfile\":{\"Name\":\"$PROFILE\"}"
   [[ $KEY_NAME == None ]] || data+=",\"KeyName\":\"$KEY_NAME\""
   data+=",\"UserData\":\"$(user_data | base64 -w 0)\"}"
   printf '%s' "$data"
@@ -705,7 +996,7 @@ delete_pool() {
 
 # create_group: with its hook, so that no instance can ever end without it.
 create_group() {
-  local answer
+  local answer deadline=$((SECONDS + PROFILE_WAIT_SECONDS))
   local -a command=(aws autoscaling create-auto-scaling-group
     --auto-scaling-group-name "$ASG_NAME"
     "${LAUNCH[@]}"
@@ -722,11 +1013,17 @@ create_group() {
     "Key=comfy-prefix,Value=$PREFIX,PropagateAtLaunch=false"
     "Key=Name,Value=$ASG_NAME,PropagateAtLaunch=false")
   ((MIN_INSTANCES == 0)) || wait_for_image
-  answer=$("${command[@]}" 2>&1) && return
-  # AWS tries the template first and may refuse an image that is not ready.
-  [[ $IMAGE_STATE == pending ]] || die "cannot create the group $ASG_NAME:$(one_line "$answer")"
-  wait_for_image
-  answer=$("${command[@]}" 2>&1) || die "cannot create the group $ASG_NAME:$(one_line "$answer")"
+  # AWS tries the template first: it may not know a new instance profile for some seconds, and may
+  # refuse an image that is not ready.
+  until answer=$("${command[@]}" 2>&1); do
+    if [[ $answer == *"Invalid IAM Instance Profile"* ]] && ((SECONDS < deadline)); then
+      sleep "$POLL_SECONDS"
+    elif [[ $IMAGE_STATE == pending ]]; then
+      wait_for_image
+    else
+      die "cannot create the group $ASG_NAME:$(one_line "$answer")"
+    fi
+  done
 }
 
 hook_is_as_wanted() {
@@ -834,6 +1131,7 @@ main() {
   while (($#)); do
     case $1 in
       -h | --help) usage && exit ;;
+      --print-policy) print_policy "${2:-}" "${3:-$name}" "${@:4}" && exit ;;
       --reboot) reboot=reboot ;;
       --with-output) with_output=yes ;;
       -*) die "the option '$1' is not known: see --help" ;;
@@ -855,6 +1153,7 @@ main() {
   printf 'Environment %s from the base machine %s, in %s of account %s\n' "$ENV" "$id" "$REGION" "$ACCOUNT_ID"
   report subnets "$SUBNETS" "$SUBNETS_ARE"
   ensure_queues
+  ensure_profile
   ensure_image "$id" "$reboot"
   ensure_bucket "$with_output"
   ensure_template
