@@ -146,8 +146,8 @@ class Worker:
         self.jitter = random.Random(self.instance_id)  # so that workers started together do not ask together
         self.next_look = self.looked_at = time.monotonic()
         self.running_since: float | None = None
-        self.running: dict[str, dict[str, Any]] = {}  # by job id, what worker.json says of it
-        self.told_running: list[dict[str, Any]] | None = None
+        self.board: dict[str, dict[str, Any]] = {}  # by job id, what worker.json says of it
+        self.board_told: list[dict[str, Any]] | None = None
         self.group: Group | None = None
         self.group_read_at = -math.inf
         self.capacity_said: str | None = None
@@ -249,12 +249,12 @@ class Worker:
             result = self.insist(lambda: self.stored_result(job.id))
             if result is None:
                 self.running_since = time.monotonic()
-                self.running[job.id] = {"job_id": job.id, "since": iso(datetime.now(UTC))}
+                self.board[job.id] = {"job_id": job.id, "since": iso(datetime.now(UTC))}
                 try:
                     ran = self.run_job(job, invalid, lease)
                 finally:
                     self.running_since = None
-                    self.running.pop(job.id, None)
+                    self.board.pop(job.id, None)
                 result = self.insist(lambda: self.store_result(ran))
             else:
                 logger.info("Job %s has its result already: not run again", job.id)
@@ -646,7 +646,7 @@ class Worker:
         news = progress.news()
         if news is not None:
             seen = {name: news.get(name) for name in ("node_title", "value", "max")}
-            self.running.get(progress.job_id, {}).update(seen)
+            self.board.get(progress.job_id, {}).update(seen)
             self.s3.put_object(
                 Bucket=self.settings.s3_bucket,
                 Key=f"output/{progress.job_id}/progress.json",
@@ -656,8 +656,8 @@ class Worker:
 
     def tell_of_jobs(self) -> bool:
         """Write worker.json, by which an operator sees what this instance does; False when there is nothing new."""
-        jobs = [dict(job) for job in list(self.running.values())]
-        if jobs == self.told_running:
+        jobs = [dict(job) for job in list(self.board.values())]
+        if jobs == self.board_told:
             return False
         news = {"instance_id": self.instance_id, "instance_type": self.instance_type, "jobs": jobs}
         try:
@@ -667,7 +667,7 @@ class Worker:
                 Body=json.dumps(news | {"updated_at": iso(datetime.now(UTC))}).encode(),
                 ContentType="application/json",
             )
-            self.told_running = jobs
+            self.board_told = jobs
         except Exception as error:
             logger.info("worker.json is not written: %s", explain(error))
         return True

@@ -7,25 +7,21 @@ Works when copied elsewhere with only comfy_utils.py and `env` (and the demo wor
 from __future__ import annotations
 
 import argparse
-import base64
 import copy
-import html
 import itertools
 import json
 import math
 import random
 import re
-import string
 import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from datetime import UTC, datetime
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import quote
 
 from comfy_utils import (
     HERE,
@@ -46,6 +42,7 @@ from comfy_utils import (
     check_workflow,
     error_code,
     error_of,
+    explain_launch_failure,
     explain_node_errors,
     is_job_id,
     large_workflow_key,
@@ -53,6 +50,7 @@ from comfy_utils import (
     new_job_id,
     outputs_of,
     own_outputs,
+    parse_message,
     queue_depth,
     raise_capacity,
 )
@@ -705,14 +703,36 @@ def make_bodies(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 # --- Operating -------------------------------------------------------------------------------------------
 
+WATCH_S = 5.0
+"""Between two looks of --fleet --watch; an hour of it costs about 3 US cents of CloudWatch."""
+HOUR_S = 3600
+PEEK_S = 30
+"""So long a message that is looked at, or sent back, is hidden from others."""
+LOGS_READ, LOG_BYTES = 20, 256 * 1024
+"""So many of the newest logs are searched for what became of dead jobs, so much of each one's end."""
+
 
 def add_operator_arguments(parser: argparse.ArgumentParser) -> None:
     """What the command line has for those who keep the fleet."""
     group = parser.add_argument_group("instead of sending")
-    group.add_argument("--report", nargs="+", metavar="JOB_ID", help="draw a page of jobs that have ended")
+    one = group.add_mutually_exclusive_group()
+    one.add_argument(
+        "--fleet",
+        nargs="?",
+        const="",
+        metavar="NAME",
+        help="how queue and instances stand, here or in environment NAME",
+    )
+    one.add_argument("--dead", action="store_true", help="the jobs in the dead-letter queue, and why they are there")
+    one.add_argument("--redrive", action="store_true", help="send the dead jobs back to the queue")
+    one.add_argument("--purge-dead", action="store_true", help="delete the dead jobs, after a question")
+    one.add_argument("--report", nargs="+", metavar="JOB_ID", help="draw a page of jobs that have ended")
+    group.add_argument("--watch", action="store_true", help="with --fleet: look again every few seconds")
+    group.add_argument("--json", action="store_true", help="with --fleet: as one JSON object")
+    group.add_argument("--yes", action="store_true", help="with --purge-dead: do not ask")
     group.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE.html",
                        help="with --report: the page (default: report.html)")  # fmt: skip
-    group.add_argument("--price", type=float, metavar="USD", help="with --report: of an instance's hour")
+    group.add_argument("--price", type=float, metavar="USD", help="with --fleet and --report: an instance's hour")
 
 
 def check_operator_arguments(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -722,21 +742,416 @@ def check_operator_arguments(parser: argparse.ArgumentParser, options: argparse.
             parser.error(f"--report {job_id:.60}: that is no job id, such as {new_job_id()}")
     if options.price is not None and not 0 <= options.price < math.inf:
         parser.error(f"--price {options.price:g}: give USD per hour, such as 1.212")
+    if (options.watch or options.json) and options.fleet is None:
+        parser.error("--watch and --json belong to --fleet: add it")
+    if options.yes and not options.purge_dead:
+        parser.error("--yes belongs to --purge-dead: add it, or leave out --yes")
+    if is_for_operator(options) and (options.workflow or options.wait or options.exec_cmd or options.direct):
+        parser.error("--fleet, --dead, --redrive, --purge-dead and --report send no job: leave out the rest")
 
 
 def is_for_operator(options: argparse.Namespace) -> bool:
     """Whether nothing is to be sent."""
-    return options.report is not None
+    return options.fleet is not None or options.dead or options.redrive or options.purge_dead or bool(options.report)
 
 
 def run_operator(options: argparse.Namespace) -> int:
     """Do what the operator asks for; returns the exit code."""
     try:
-        sender = Sender(load_settings(options.env))
+        sender = Sender(load_settings(options.fleet or options.env))
     except SettingsError as error:
         print(f"send_job.py: {error}", file=sys.stderr)
         return 2
-    return run_report(sender, options.report, options.output, options.price)
+    try:
+        if options.fleet is not None:
+            return run_fleet(sender.settings, options)
+        if options.report:
+            return run_report(sender, options.report, options.output, options.price)
+        if options.dead:
+            return run_dead(sender)
+        return run_redrive(sender) if options.redrive else run_purge(sender, sure=options.yes)
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        print(f"send_job.py: {refusal(error, 'sqs')}", file=sys.stderr)
+        return 1
+
+
+def refusal(error: Exception, service: str) -> str:
+    """An error in one line; of a refused access only what is not allowed."""
+    code = error_code(error)
+    if "AccessDenied" in code or code in ("UnauthorizedOperation", "AuthorizationError"):
+        return f"not allowed: {service}:{getattr(error, 'operation_name', '')}"
+    return one_line(error)
+
+
+# --- The fleet at a glance
+
+
+def run_fleet(settings: Settings, options: argparse.Namespace) -> int:
+    """Show how the fleet stands, once or again and again; returns the exit code."""
+    shown = ""
+    while True:
+        fleet = read_fleet(settings, options.price)
+        if options.json:
+            print(json.dumps(fleet), flush=True)
+        elif not options.watch:
+            print("\n".join(tell_fleet(fleet)))
+        elif sys.stdout.isatty():
+            print("\x1b[H\x1b[J" + "\n".join(tell_fleet(fleet)), flush=True)
+        elif (line := tell_fleet_shortly(fleet)) != shown:
+            shown = line
+            print(f"{fleet['at']} {line}", flush=True)
+        if not options.watch:
+            return 1 if fleet["queue"] is None and fleet["group"] is None else 0
+        time.sleep(WATCH_S)
+
+
+def read_fleet(settings: Settings, price: float | None = None) -> dict[str, Any]:
+    """How queue and instances stand. What cannot be read is None, and `not_seen` says why."""
+    now = datetime.now(UTC)
+    fleet: dict[str, Any] = {
+        "env": settings.env, "region": settings.region, "at": now.isoformat(timespec="seconds").replace("+00:00", "Z"),
+        "queue": None, "oldest_s": None, "last_hour": None, "group": None, "instances": [], "usd_per_hour": None,
+        "scaling_errors": [], "not_seen": [],
+    }  # fmt: skip
+
+    @contextmanager
+    def part(service: str) -> Iterator[Any]:
+        """The rest is shown without what this block reads, where it fails."""
+        try:
+            yield aws_client(service, settings.region)
+        except Exception as error:
+            fleet["not_seen"] = list(dict.fromkeys([*fleet["not_seen"], refusal(error, service)]))
+
+    with part("sqs") as sqs:
+        fleet["queue"] = read_queues(sqs, settings.sqs_name)
+    with part("cloudwatch") as cloudwatch:
+        fleet["oldest_s"], fleet["last_hour"] = read_metrics(cloudwatch, settings, now)
+    group: dict[str, Any] = {}
+    with part("autoscaling") as autoscaling:
+        answer = autoscaling.describe_auto_scaling_groups(AutoScalingGroupNames=[settings.asg_name])
+        for group in answer["AutoScalingGroups"]:
+            fleet["group"] = {
+                name: group[key]
+                for name, key in (("wanted", "DesiredCapacity"), ("least", "MinSize"), ("most", "MaxSize"))
+            }
+        if group:
+            fleet["scaling_errors"] = read_scaling_errors(autoscaling, settings.asg_name, now)
+    launched: dict[str, datetime] = {}
+    if group.get("Instances"):
+        with part("ec2") as ec2:
+            pages = ec2.get_paginator("describe_instances").paginate(
+                Filters=[{"Name": "tag:aws:autoscaling:groupName", "Values": [settings.asg_name]}]
+            )
+            launched = {
+                instance["InstanceId"]: instance["LaunchTime"]
+                for page in pages
+                for reservation in page["Reservations"]
+                for instance in reservation["Instances"]
+            }
+    for instance in group.get("Instances", ()):
+        instance_id, kind = instance["InstanceId"], instance.get("InstanceType", "")
+        jobs, begun = [], None
+        with part("s3") as s3:
+            try:
+                jobs = read_json(s3, settings.s3_bucket, f"output/{instance_id}/worker.json")["jobs"]
+                begun = True
+            except s3.exceptions.NoSuchKey:
+                begun = False
+        age_s = round((now - launched[instance_id]).total_seconds()) if instance_id in launched else None
+        fleet["instances"].append(
+            {"instance_id": instance_id, "type": kind, "state": state_of(instance, jobs, begun), "age_s": age_s,
+             "jobs": jobs, "usd_per_hour": price_of(kind, settings.region) if price is None else price}
+        )  # fmt: skip
+    prices = [each["usd_per_hour"] for each in fleet["instances"]]
+    if group and None not in prices:
+        fleet["usd_per_hour"] = round(sum(prices), 4)
+    return fleet
+
+
+def read_queues(sqs: Any, name: str) -> dict[str, int | None]:
+    """How many messages wait, are held, and are dead; None for those of a dead-letter queue that is not there."""
+    depth = queue_depth(sqs, sqs.get_queue_url(QueueName=name)["QueueUrl"])
+    dead = None
+    with suppress(sqs.exceptions.QueueDoesNotExist):
+        dead = sum(queue_depth(sqs, sqs.get_queue_url(QueueName=f"{name}-dlq")["QueueUrl"]))
+    return {"waiting": depth.visible, "in_flight": depth.in_flight, "dead": dead}
+
+
+def read_metrics(cloudwatch: Any, settings: Settings, now: datetime) -> tuple[int | None, dict[str, int]]:
+    """The oldest message's age in seconds, and how many jobs succeeded and failed in the last hour."""
+    own = f"{settings.prefix}/{settings.env}"
+    queue = [{"Name": "QueueName", "Value": settings.sqs_name}]
+    queries = [
+        {"Id": name.lower(), "MetricStat": {"Stat": statistic, "Period": 60, "Metric": {
+            "Namespace": space, "MetricName": name, "Dimensions": dimensions}}}
+        for name, statistic, space, dimensions in (
+            ("ApproximateAgeOfOldestMessage", "Maximum", "AWS/SQS", queue),
+            ("JobsSucceeded", "Sum", own, []),
+            ("JobsFailed", "Sum", own, []),
+        )
+    ]  # fmt: skip
+    answer = cloudwatch.get_metric_data(
+        MetricDataQueries=queries,
+        StartTime=now - timedelta(seconds=HOUR_S),
+        EndTime=now + timedelta(seconds=60),
+        ScanBy="TimestampDescending",
+    )
+    values = {result["Id"]: result["Values"] for result in answer["MetricDataResults"]}
+    ages, succeeded, failed = (values.get(query["Id"], []) for query in queries)
+    return round(ages[0]) if ages else None, {"succeeded": round(sum(succeeded)), "failed": round(sum(failed))}
+
+
+def read_scaling_errors(autoscaling: Any, asg_name: str, now: datetime) -> list[dict[str, Any]]:
+    """Why launches failed in the last hour, each reason once, the latest first."""
+    errors: dict[str, int] = {}
+    answer = autoscaling.describe_scaling_activities(AutoScalingGroupName=asg_name, MaxRecords=100)
+    for activity in answer["Activities"]:
+        age_s = round((now - activity["StartTime"]).total_seconds())
+        if activity["StatusCode"] == "Failed" and activity.get("StatusMessage") and age_s < HOUR_S:
+            errors.setdefault(explain_launch_failure(activity["StatusMessage"]), age_s)
+    return [{"age_s": age_s, "message": message} for message, age_s in errors.items()]
+
+
+def state_of(instance: dict[str, Any], jobs: list[dict[str, Any]], begun: bool | None) -> str:
+    """An instance of a group in one word; `begun` says whether its worker has, None where that cannot be seen."""
+    state = str(instance["LifecycleState"])
+    if state.startswith("Warmed"):
+        return "warm"
+    if state.startswith("Terminat"):
+        return "leaving"
+    if instance.get("HealthStatus", "Healthy").lower() != "healthy":
+        return "unhealthy"
+    if state.startswith("Pending") or begun is False:
+        return "booting"
+    if begun is None:
+        return "there"
+    return "busy" if jobs else "idle"
+
+
+def tell_fleet(fleet: dict[str, Any]) -> list[str]:
+    """How the fleet stands, as lines for people."""
+    lines = [f"Environment {fleet['env']} in {fleet['region']}, {fleet['at']}", f"queue      {tell_queue(fleet)}"]
+    if fleet["oldest_s"] and (fleet["queue"] or {}).get("waiting"):
+        lines[-1] += f"; the oldest for {duration(fleet['oldest_s'])}"
+    hour = fleet["last_hour"]
+    lines.append(
+        f"last hour  {hour['succeeded']} succeeded, {hour['failed']} failed" if hour else "last hour  not seen"
+    )
+    lines.append(f"instances  {tell_instances(fleet)}")
+    for each in fleet["instances"]:
+        age = duration(each["age_s"]) if each["age_s"] is not None else ""
+        jobs = "; ".join(map(tell_job, each["jobs"]))
+        lines.append(f"  {each['instance_id']:19}  {each['type']:12} {each['state']:9} {age:>12}  {jobs}".rstrip())
+    lines += [f"scaling    {duration(each['age_s'])} ago: {each['message']}" for each in fleet["scaling_errors"]]
+    return lines + [f"not seen   {each}" for each in fleet["not_seen"]]
+
+
+def tell_fleet_shortly(fleet: dict[str, Any]) -> str:
+    """How the fleet stands, in one line."""
+    return f"{tell_queue(fleet)}; {tell_instances(fleet)}" + "".join(f"; {each}" for each in fleet["not_seen"])
+
+
+def tell_queue(fleet: dict[str, Any]) -> str:
+    """`3 waiting, 2 running, 0 dead`."""
+    queue = fleet["queue"]
+    if queue is None:
+        return "not seen"
+    dead = "no dead-letter queue" if queue["dead"] is None else f"{queue['dead']} dead"
+    return f"{queue['waiting']} waiting, {queue['in_flight']} in flight, {dead}"
+
+
+def tell_instances(fleet: dict[str, Any]) -> str:
+    """`2 of 2 wanted (0 to 20): 1 busy, 1 booting; $2.42 an hour`."""
+    group, there = fleet["group"], fleet["instances"]
+    if group is None:
+        return "no group seen: scaling is off, or it is not allowed to look"
+    told = f"{len(there)} there, {group['wanted']} wanted ({group['least']} to {group['most']})"
+    if there:
+        told += ": " + ", ".join(f"{n} {state}" for state, n in Counter(each["state"] for each in there).items())
+        price = fleet["usd_per_hour"]
+        told += "; price unknown, give --price" if price is None else f"; ${price:g} an hour on demand"
+    return told
+
+
+def tell_job(job: dict[str, Any]) -> str:
+    """What an instance does with a job."""
+    step = f" {job['value']} of {job['max']}" if job.get("max") else ""
+    title = " ".join(str(job.get("node_title") or "").split())
+    running_s = max(0.0, time.time() - moment(job["since"]))
+    return printable(f"{job['job_id']} for {duration(running_s)}" + (f", {title}{step}" if title else ""))
+
+
+def printable(text: str) -> str:
+    """Text that others have written, without what a terminal would obey."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+# --- Jobs that are dead
+
+
+def run_dead(sender: Sender) -> int:
+    """List the dead-letter queue; returns the exit code."""
+    settings = sender.settings
+    sqs = aws_client("sqs", settings.region)
+    messages = peek(sqs, dead_letters(sqs, settings))
+    print(f"{count(len(messages), 'job')} in {settings.sqs_name}-dlq")
+    s3 = aws_client("s3", settings.region)
+    stories: dict[str, tuple[str, str]] = {}
+    if messages:
+        try:
+            stories = read_stories(s3, settings.s3_bucket, min(map(sent_at, messages)))
+        except Exception as error:
+            print(f"  the workers' logs cannot be searched: {refusal(error, 's3')}")
+    for message in messages:
+        job_id, kind = job_of(message)
+        print(f"  {job_id}  {kind}, sent {sent_at(message):%Y-%m-%d %H:%M} UTC")
+        reason, log = stories.get(message["MessageId"], ("", ""))
+        result = None
+        with suppress(Exception):
+            result = read_result(s3, settings.s3_bucket, job_id)
+        if not reason:
+            received = message["Attributes"]["ApproximateReceiveCount"]
+            reason = f"received {received} times, and no word of it in the logs: they are stored every few minutes"
+        print(f"      {printable(reason)}")
+        if result is not None:
+            ended = "succeeded" if result["status"] == "succeeded" else f"failed: {result['error']['message']}"
+            print(f"      its result is stored all the same, {printable(ended)}")
+        if log:
+            print(f"      s3://{settings.s3_bucket}/{log}")
+    return 0
+
+
+def run_redrive(sender: Sender) -> int:
+    """Send the dead jobs back to their queue, under the ids they had; returns the exit code.
+
+    Each is deleted only after it was sent, so one may be there twice but none gets lost, and an id is run once. SQS's
+    own redrive is not used because it gives new message ids, which are the job ids of messages without a job_id.
+    """
+    settings = sender.settings
+    sqs = aws_client("sqs", settings.region)
+    url = dead_letters(sqs, settings)
+    left = max(10, queue_depth(sqs, url).visible)  # not without end: some may come back at once
+    sent = refused = 0
+    reason = ""
+    while left > 0 and (messages := receive_some(sqs, url, min(10, left))):
+        left -= len(messages)
+        by_id = {message["MessageId"]: message for message in messages}
+        unsent: dict[str, str] = {}
+        for batch in batches([with_its_id(message) for message in by_id.values()]):
+            unsent |= sender._send_batch(batch)
+        done = [{"Id": name, "ReceiptHandle": by_id[name]["ReceiptHandle"]} for name in by_id if name not in unsent]
+        if done:
+            sqs.delete_message_batch(QueueUrl=url, Entries=done)
+        sent += len(done)
+        refused += len(unsent)
+        reason = next(iter(unsent.values()), reason)
+    print(f"{count(sent, 'job')} sent back to {settings.sqs_name}")
+    if sent:
+        sender.raise_capacity(sent, say=print)
+    if refused:
+        print(f"send_job.py: {count(refused, 'job')} could not be sent back: {reason}", file=sys.stderr)
+    return 1 if refused else 0
+
+
+def run_purge(sender: Sender, *, sure: bool) -> int:
+    """Delete the dead jobs, if that is what is wanted; returns the exit code."""
+    settings = sender.settings
+    sqs = aws_client("sqs", settings.region)
+    url = dead_letters(sqs, settings)
+    number = count(sum(queue_depth(sqs, url)), "job")
+    if not sure:
+        try:
+            answer = input(f"{number} in {settings.sqs_name}-dlq will be lost. Type {settings.env} to delete them: ")
+        except EOFError:
+            answer = ""
+        if answer.strip() != settings.env:
+            print("send_job.py: nothing was deleted", file=sys.stderr)
+            return 1
+    sqs.purge_queue(QueueUrl=url)
+    print(f"{number} deleted from {settings.sqs_name}-dlq; AWS takes up to a minute for it")
+    return 0
+
+
+def dead_letters(sqs: Any, settings: Settings) -> str:
+    """The dead-letter queue's address."""
+    return str(sqs.get_queue_url(QueueName=f"{settings.sqs_name}-dlq")["QueueUrl"])
+
+
+def receive_some(sqs: Any, url: str, most: int = 10) -> list[dict[str, Any]]:
+    """Messages, hidden from others for PEEK_S."""
+    answer = sqs.receive_message(
+        QueueUrl=url,
+        MaxNumberOfMessages=most,
+        WaitTimeSeconds=1,
+        VisibilityTimeout=PEEK_S,
+        MessageSystemAttributeNames=["ApproximateReceiveCount", "SentTimestamp"],
+    )
+    return list(answer.get("Messages", []))
+
+
+def peek(sqs: Any, url: str) -> list[dict[str, Any]]:
+    """The messages of a queue, oldest first, which are given back at once."""
+    found: dict[str, dict[str, Any]] = {}
+    limit = time.monotonic() + PEEK_S / 2
+    try:
+        while time.monotonic() < limit and (messages := receive_some(sqs, url)):
+            found |= {message["MessageId"]: message for message in messages}
+    finally:
+        held = list(found.values())
+        for first in range(0, len(held), 10):
+            entries = [
+                {"Id": message["MessageId"], "ReceiptHandle": message["ReceiptHandle"], "VisibilityTimeout": 0}
+                for message in held[first : first + 10]
+            ]
+            sqs.change_message_visibility_batch(QueueUrl=url, Entries=entries)
+    return sorted(found.values(), key=sent_at)
+
+
+def sent_at(message: dict[str, Any]) -> datetime:
+    """When a message was sent."""
+    return datetime.fromtimestamp(int(message["Attributes"]["SentTimestamp"]) / 1000, UTC)
+
+
+def job_of(message: dict[str, Any]) -> tuple[str, str]:
+    """A message's job id, and what kind of job it is."""
+    try:
+        job = parse_message(message["Body"], message["MessageId"])
+    except InvalidMessageError as error:
+        return error.job_id or message["MessageId"], f"no job ({printable(one_line(error))})"
+    return job.id, "command" if job.command is not None else "workflow"
+
+
+def with_its_id(message: dict[str, Any]) -> Message:
+    """A message to be sent again. One without a job_id has its message's id written into it, which is its job id."""
+    text, message_id = message["Body"], message["MessageId"]
+    with suppress(InvalidMessageError):
+        job, body = parse_message(text, message_id), json.loads(text)
+        if job.id == message_id and "job_id" not in body:
+            body = {"prompt": body} if job.workflow is not None and "prompt" not in body else body
+            owned = json.dumps(body | {"job_id": message_id}, ensure_ascii=False)
+            text = owned if len(owned.encode()) <= MAX_MESSAGE_BYTES else text
+    return Message(message_id, text, len(text.encode()))
+
+
+def read_stories(s3: Any, bucket: str, since: datetime) -> dict[str, tuple[str, str]]:
+    """Why messages were put back the last time, by message id, and the key of the worker's log that says so."""
+    pages = s3.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix="output/i-")
+    logs = [item for page in pages for item in page.get("Contents", []) if "/parse_job.log" in item["Key"]]
+    logs = sorted((item for item in logs if item["LastModified"] >= since), key=lambda item: item["LastModified"])
+    stories = {}
+    for item in logs[-LOGS_READ:]:
+        text = (
+            s3.get_object(Bucket=bucket, Key=item["Key"], Range=f"bytes=-{LOG_BYTES}")["Body"]
+            .read()
+            .decode(errors="replace")
+        )
+        for message_id, attempt, reason in re.findall(
+            r"Message (\S+) is put back for \d+ s after (attempt \d+ of \d+): (.*)", text
+        ):
+            stories[message_id] = (f"{attempt}: {reason}", item["Key"])
+    return stories
 
 
 # --- Report ----------------------------------------------------------------------------------------------
@@ -758,6 +1173,10 @@ EMBEDDED_BYTES = 256 * 1024
 PAGE_BYTES = 16 * 1024 * 1024
 IMAGE_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp",
                ".gif": "image/gif"}  # fmt: skip
+
+
+Receipt = Mapping[str, Any]
+"""What stands in a job's result.json."""
 
 
 class Picture(NamedTuple):
@@ -816,8 +1235,10 @@ def moment(text: str) -> float:
 
 def plain(value: object) -> str:
     """Anything as text in HTML: it may come from a prompt, a node or a message, so from anybody."""
+    from html import escape
+
     text = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffe\uffff]", "", str(value))
-    return html.escape(text.encode("utf-8", "replace").decode())
+    return escape(text.encode("utf-8", "replace").decode())
 
 
 def duration(seconds: float) -> str:
@@ -907,12 +1328,15 @@ def write_report(
     s3: Any,
     bucket: str,
     title: str,
-    results: Sequence[Result],
+    results: Sequence[Receipt],
     lives: Mapping[str, Life],
     page: Path,
     note: str = "",
 ) -> None:
     """Fetch the jobs' images and write the page. Raises what boto3 raises, and OSError."""
+    from base64 import b64encode
+    from urllib.parse import quote
+
     folder = page.with_name(f"{page.stem}-files")
     room = PAGE_BYTES
     pictures: dict[str, list[Picture]] = {}
@@ -924,7 +1348,7 @@ def write_report(
             body = s3.get_object(Bucket=bucket, Key=output["s3_key"])["Body"].read()
             if len(body) <= min(EMBEDDED_BYTES, room):
                 room -= len(body)
-                source = f"data:{kind};base64,{base64.b64encode(body).decode()}"
+                source = f"data:{kind};base64,{b64encode(body).decode()}"
             else:
                 folder.mkdir(parents=True, exist_ok=True)
                 number = len(pictures.get(result["job_id"], ())) + 1
@@ -945,7 +1369,7 @@ def read_lives(
     lives = dict.fromkeys(instance_ids, Life(price=price))
     for instance_id in instance_ids:
         with suppress(Exception):
-            kind = read_json(s3, settings.s3_bucket, f"output/{instance_id}/worker.json")["instance_type"]
+            kind = read_json(s3, settings.s3_bucket, f"output/{instance_id}/worker.json")["instance_type"] or ""
             lives[instance_id] = Life(type=kind, price=price_of(kind, settings.region) if price is None else price)
         with suppress(Exception):
             boot = read_json(s3, settings.s3_bucket, f"output/{instance_id}/boot.json")
@@ -980,10 +1404,10 @@ class Ran(NamedTuple):
     sent: float
     started: float
     finished: float
-    result: Result
+    result: Receipt
 
     @classmethod
-    def of(cls, number: int, result: Result) -> Ran:
+    def of(cls, number: int, result: Receipt) -> Ran:
         """The job of a receipt. Instances' clocks differ a little: none starts before it was sent."""
         sent, started, finished = (
             moment(result["timings"][f"{name}_at"]) for name in ("sent", "started", "finished")
@@ -1016,7 +1440,7 @@ class Lane(NamedTuple):
 
 def draw_report(
     title: str,
-    results: Iterable[Result],
+    results: Iterable[Receipt],
     pictures: Mapping[str, Sequence[Picture]],
     lives: Mapping[str, Life],
     note: str = "",
@@ -1025,6 +1449,8 @@ def draw_report(
 
     `pictures` by job id and `lives` by instance id, as far as they are known; `note` is for its end.
     """
+    from string import Template
+
     ended = sorted(results, key=lambda result: (result["timings"]["sent_at"], result["timings"]["started_at"]))
     jobs = [Ran.of(number, result) for number, result in enumerate(ended, 1)]
     parts = dict.fromkeys(("about", "figures", "chart", "cards", "notes"), "")
@@ -1041,7 +1467,7 @@ def draw_report(
         when = datetime.fromtimestamp(begin, UTC)
         there = f"{count(len(jobs), 'job')} on {count(len(lanes), 'instance')}"
         parts["about"] = f"{when.day} {when:%B %Y, %H:%M} UTC, {there}"
-    return REPORT_PAGE.substitute(parts, title=plain(title), about=parts["about"] or "No jobs")
+    return Template(REPORT_PAGE).substitute(parts, title=plain(title), about=parts["about"] or "No jobs")
 
 
 def draw_lanes(jobs: Sequence[Ran], lives: Mapping[str, Life], span: Span) -> Iterator[Lane]:
@@ -1142,7 +1568,7 @@ def draw_bar(job: Ran, span: Span) -> str:
         f"{job.times()}"
     )
     return (
-        f'<a class="bar {kind}{" east" if left > 50 else ""}" href="#job{job.number}" '
+        f'<a class="bar {kind}{" east" if left > 30 else ""}" href="#job{job.number}" '
         f'style="left:{left:.3f}%;width:{span.at(job.finished) - left:.3f}%"><span>{told}</span></a>'
     )
 
@@ -1175,7 +1601,7 @@ def draw_card(job: Ran, pictures: Sequence[Picture]) -> str:
     )
 
 
-REPORT_PAGE = string.Template("""\
+REPORT_PAGE = """\
 <!doctype html>
 <html lang="en">
 <head>
@@ -1234,7 +1660,7 @@ path.waiting { fill: var(--waiting); } path.busy { fill: var(--busy); } path.boo
 .bar { min-width: 3px; background: var(--busy); box-shadow: inset -1px 0 var(--paper), inset 1px 0 var(--paper); }
 .bar.failed { background: repeating-linear-gradient(-45deg, var(--failed) 0 5px, var(--paper) 5px 7px); }
 .bar:hover, .bar:focus-visible { filter: brightness(1.15); outline: 2px solid var(--ink); outline-offset: 1px; z-index: 2; }
-.bar span { display: none; position: absolute; top: calc(100% + 8px); left: 0; width: max-content; max-width: 13rem; padding: .5rem .75rem; border-radius: 6px; background: var(--ink); color: var(--paper); font-size: .8125rem; line-height: 1.45; pointer-events: none; }
+.bar span { display: none; position: absolute; top: calc(100% + 8px); left: 0; width: max-content; max-width: 14rem; padding: .5rem .75rem; border-radius: 6px; background: var(--ink); color: var(--paper); font-size: .75rem; line-height: 1.45; pointer-events: none; }
 .bar.east span { left: auto; right: 0; }
 .bar:hover span, .bar:focus-visible span { display: block; }
 .bar code { display: block; overflow-wrap: anywhere; }
@@ -1300,7 +1726,7 @@ $notes
 </main>
 </body>
 </html>
-""")
+"""
 
 
 if __name__ == "__main__":
