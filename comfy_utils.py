@@ -43,6 +43,7 @@ class Settings:
     """The file `env`, converted and checked. Every variable is explained in env.example."""
 
     env: str
+    prefix: str
     account_id: str
     region: str
     s3_bucket: str
@@ -168,8 +169,8 @@ def _check(values: Mapping[str, str], path: Path) -> Settings:
             raise SettingsError(f"{name}={value!r} cannot be used: set it in {path} to a number from {low} to {high}")
         return int(value)
 
-    text("PREFIX", _NAME.pattern, "lowercase letters, digits and hyphens")
     return Settings(
+        prefix=text("PREFIX", _NAME.pattern, "lowercase letters, digits and hyphens"),
         env=text("ENV", _NAME.pattern, "lowercase letters, digits and hyphens"),
         account_id=text("ACCOUNT_ID", r"[0-9]{12}", "your account's 12 digits"),
         region=text("REGION", r"[a-z]{2}(-[a-z]+)+-[0-9]", "a region such as us-west-2"),

@@ -104,6 +104,7 @@ GROUP_AGE_S = 300
 LOG_UPLOAD_S = 300
 HEARTBEAT_S = 60
 PROGRESS_S = 5
+WORKER_NEWS_S = 30
 TURN_LIMIT_S = 240
 """A lane that has not turned for so long hangs; systemd's WatchdogSec must be longer."""
 RECEIVE_LIMIT_S = 43_200
@@ -134,6 +135,7 @@ class Worker:
         self.s3 = aws_client("s3", settings.region)
         self.autoscaling = aws_client("autoscaling", settings.region)
         self.instance_id = instance_id_of(metadata)
+        self.instance_type = instance_type_of(metadata)
         self.queue_url = ""
         self.stop = threading.Event()  # SIGTERM: give everything back and exit
         self.spot = threading.Event()  # the machine is taken away in two minutes
@@ -144,6 +146,8 @@ class Worker:
         self.jitter = random.Random(self.instance_id)  # so that workers started together do not ask together
         self.next_look = self.looked_at = time.monotonic()
         self.running_since: float | None = None
+        self.board: dict[str, dict[str, Any]] = {}  # by job id, what worker.json says of it
+        self.board_told: list[dict[str, Any]] | None = None
         self.group: Group | None = None
         self.group_read_at = -math.inf
         self.capacity_said: str | None = None
@@ -201,7 +205,7 @@ class Worker:
 
     def watch(self, lane: threading.Thread) -> None:
         """What goes on beside the lane, until there is nothing left to wait for."""
-        next_lifecycle = next_beat = 0.0
+        next_lifecycle = next_beat = next_news = 0.0
         next_upload = time.monotonic() + LOG_UPLOAD_S
         while (lane.is_alive() or self.leases) and not self.stop.wait(0.2) and not self.spot.is_set():
             now = time.monotonic()
@@ -216,6 +220,8 @@ class Worker:
             if (self.look_due.is_set() or self.leases) and now >= self.next_look:
                 self.look_due.clear()
                 self.raise_capacity()
+            if now >= next_news and self.tell_of_jobs():
+                next_news = now + WORKER_NEWS_S
             if now >= next_upload:
                 next_upload = now + LOG_UPLOAD_S
                 self.upload_logs()
@@ -243,10 +249,12 @@ class Worker:
             result = self.insist(lambda: self.stored_result(job.id))
             if result is None:
                 self.running_since = time.monotonic()
+                self.board[job.id] = {"job_id": job.id, "since": iso(datetime.now(UTC))}
                 try:
                     ran = self.run_job(job, invalid, lease)
                 finally:
                     self.running_since = None
+                    self.board.pop(job.id, None)
                 result = self.insist(lambda: self.store_result(ran))
             else:
                 logger.info("Job %s has its result already: not run again", job.id)
@@ -637,12 +645,32 @@ class Worker:
         """Write progress.json if something changed since the last time."""
         news = progress.news()
         if news is not None:
+            seen = {name: news.get(name) for name in ("node_title", "value", "max")}
+            self.board.get(progress.job_id, {}).update(seen)
             self.s3.put_object(
                 Bucket=self.settings.s3_bucket,
                 Key=f"output/{progress.job_id}/progress.json",
                 Body=json.dumps(news).encode(),
                 ContentType="application/json",
             )
+
+    def tell_of_jobs(self) -> bool:
+        """Write worker.json, by which an operator sees what this instance does; False when there is nothing new."""
+        jobs = [dict(job) for job in list(self.board.values())]
+        if jobs == self.board_told:
+            return False
+        news = {"instance_id": self.instance_id, "instance_type": self.instance_type, "jobs": jobs}
+        try:
+            self.s3.put_object(
+                Bucket=self.settings.s3_bucket,
+                Key=f"output/{self.instance_id}/worker.json",
+                Body=json.dumps(news | {"updated_at": iso(datetime.now(UTC))}).encode(),
+                ContentType="application/json",
+            )
+            self.board_told = jobs
+        except Exception as error:
+            logger.info("worker.json is not written: %s", explain(error))
+        return True
 
     def call_back(self, job: Job, result: Result) -> None:
         """POST the result to the job's callback, signed; raises PutBackError when it is not accepted."""
@@ -1179,6 +1207,13 @@ def instance_id_of(metadata: Metadata) -> str:
         if instance_id:
             return instance_id
     return socket.gethostname()
+
+
+def instance_type_of(metadata: Metadata) -> str | None:
+    """This instance's type; None where there is no metadata service."""
+    with suppress(MetadataError):
+        return metadata.get("instance-type")
+    return None
 
 
 PERMISSIONS = {

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from local_cloud import ACCOUNT_ID, REGION, TESTS, LocalCloud, Machine
+
+sys.path.insert(0, str(TESTS.parent))
+import send_job
+from comfy_utils import load_settings
 
 ROOT = TESTS.parent
 OUTPUT = ROOT / "demo-output"
@@ -111,11 +116,10 @@ def run_on_base(folder: Path, environment: dict[str, str], *command: str) -> lis
     return lines
 
 
-def watch_jobs(cloud: LocalCloud, job_ids: list[str]) -> dict[str, dict[str, Any]]:
+def watch_jobs(cloud: LocalCloud, job_ids: list[str], timeline: Timeline) -> dict[str, dict[str, Any]]:
     """Show a bar until every job has its receipt; return the receipts."""
     s3 = cloud.client("s3")
     results: dict[str, dict[str, Any]] = {}
-    timeline = Timeline(cloud)
     while len(results) < len(job_ids):
         for job_id in job_ids:
             if job_id not in results:
@@ -137,6 +141,8 @@ class Timeline:
 
     def __init__(self, cloud: LocalCloud) -> None:
         self.cloud = cloud
+        self.ready: dict[str, float] = {}
+        """When each instance's ComfyUI was first seen to answer, in seconds since 1970."""
         self._started = time.monotonic()
         self._shown, self._shown_at = "", -10.0
 
@@ -148,12 +154,21 @@ class Timeline:
         """Print how the fleet stands, after `what`."""
         wanted = sum(group["DesiredCapacity"] for group in groups(self.cloud))
         fleet = [machine for machine in fleet_of(self.cloud) if machine.is_on()]
+        for machine in fleet:
+            if machine.instance_id not in self.ready and answers(machine.comfy_port):
+                self.ready[machine.instance_id] = time.time()
         working = sum("comfy-manage" in machine.state()["services"] for machine in fleet)
         state = f"instances: {wanted} wanted, {len(fleet)} on, {working} with a worker"
         line = f"{what} · {state}" if what else state
         if line != self._shown and (is_last or self.seconds() >= self._shown_at + 2):
             self._shown, self._shown_at = line, self.seconds()
             tell(f"   {self.seconds():3.0f} s  {line}")
+
+
+def answers(port: int) -> bool:
+    """Whether somebody listens there."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def fleet_of(cloud: LocalCloud) -> list[Machine]:
@@ -171,6 +186,19 @@ def save_images(s3: Any, results: dict[str, dict[str, Any]]) -> int:
             count += 1
             s3.download_file(BUCKET, output["s3_key"], str(OUTPUT / f"job{number}_{output['filename']}"))
     return count
+
+
+def draw_page(cloud: LocalCloud, base: Path, results: dict[str, dict[str, Any]], ready: dict[str, float]) -> None:
+    """What `send_job.py --report` draws, with what only we know: since when each instance was ready."""
+    settings = load_settings("pro", base / "env")
+    s3 = cloud.client("s3")
+    lives = send_job.read_lives(s3, cloud.client("autoscaling"), settings, list(ready))
+    lives = {i: life._replace(ready=ready[i]) for i, life in lives.items()}
+    note = (
+        "A rehearsal on one machine: AWS is played there, so nothing was paid; the price is that of real instances."
+    )
+    page, title = OUTPUT / "report.html", "Rehearsal of environment pro"
+    send_job.write_report(s3, settings.s3_bucket, title, list(results.values()), lives, page, note)
 
 
 def what_is_left(cloud: LocalCloud, fleet: list[str]) -> list[str]:
@@ -247,7 +275,8 @@ def tell_story(folder: Path, jobs: int) -> None:
         )
 
         tell("\nThe instances boot and work:")
-        results = watch_jobs(cloud, job_ids)
+        boots = Timeline(cloud)
+        results = watch_jobs(cloud, job_ids, boots)
         failed = [result["error"]["message"] for result in results.values() if result["status"] != "succeeded"]
         check(f"{jobs} jobs succeeded, each with its receipt in S3", not failed, failed)
         check("each was taken once", all(result["attempt"] == 1 for result in results.values()))
@@ -275,12 +304,15 @@ def tell_story(folder: Path, jobs: int) -> None:
             keys = {o["Key"].split("/")[-1] for o in s3.list_objects_v2(Bucket=BUCKET, Prefix=f"output/{instance_id}/")["Contents"]}  # fmt: skip
             check(f"{instance_id} is terminated; its logs are in S3", {"parse_job.log", "comfyui.log"} <= keys, keys)
 
+        draw_page(cloud, base, results, boots.ready)
+        tell("   ✓ what happened is drawn in demo-output/report.html")
+
         run_on_base(base, environment, "./delete_env.sh", "pro", "--yes")
         left = what_is_left(cloud, fleet)
         check("nothing of pro is left", not left, left)
         check("the base machine and its bucket are as they were", cloud.instance_state(machine.instance_id) == "running"
               and (base / "logs/parse_job.log").read_text() == "The base machine's own log.\n")  # fmt: skip
-    tell(f"\nDone in {time.monotonic() - started:.0f} s. The images are in {OUTPUT}")
+    tell(f"\nDone in {time.monotonic() - started:.0f} s. The images are in {OUTPUT}; look at report.html there")
 
 
 def main() -> int:

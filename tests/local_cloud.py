@@ -199,6 +199,10 @@ class LocalCloud:
         instance = self._ec2_instance(instance_id)
         return str(instance.state) if instance else "terminated"
 
+    def instance_type(self, instance_id: str) -> str:
+        """g5.2xlarge, ..."""
+        return str(self._ec2_instance(instance_id).instance_type)
+
     def switch_off_all(self) -> None:
         """End every instance's processes."""
         with self._lock:
@@ -751,6 +755,7 @@ class Machine:
         self.booted_at = int(time.time())
         self.metadata: dict[str, str] = {
             "instance-id": instance_id,
+            "instance-type": cloud.instance_type(instance_id),
             "placement/region": REGION,
             "iam/security-credentials/": "comfy",
             "iam/security-credentials/comfy": json.dumps(
