@@ -11,7 +11,6 @@ import json
 import logging
 import math
 import os
-import queue
 import re
 import threading
 import time
@@ -50,6 +49,7 @@ class Settings:
     """The file `env`, converted and checked. Every variable is explained in env.example."""
 
     env: str
+    prefix: str
     account_id: str
     region: str
     s3_bucket: str
@@ -179,8 +179,8 @@ def _check(values: Mapping[str, str], path: Path) -> Settings:
             raise SettingsError(f"{name}={value!r} cannot be used: set it in {path} to a number from {low} to {high}")
         return int(value)
 
-    text("PREFIX", _NAME.pattern, "lowercase letters, digits and hyphens")
     return Settings(
+        prefix=text("PREFIX", _NAME.pattern, "lowercase letters, digits and hyphens"),
         env=text("ENV", _NAME.pattern, "lowercase letters, digits and hyphens"),
         account_id=text("ACCOUNT_ID", r"[0-9]{12}", "your account's 12 digits"),
         region=text("REGION", r"[a-z]{2}(-[a-z]+)+-[0-9]", "a region such as us-west-2"),
@@ -890,13 +890,15 @@ class _Watch:
         should_stop: Callable[[], bool],
         should_withdraw: Callable[[], bool],
     ) -> None:
+        import queue
+
         self.prompt_id = prompt_id
         self.timeout_s = timeout_s
         self.stall_s = stall_s
         self.on_progress = on_progress
         self.should_stop = should_stop
         self.should_withdraw = should_withdraw
-        self.events: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()  # None: the line is dead
+        self.events: Any = queue.SimpleQueue()  # None: the line is dead
         self.line: _Line | None = None  # None: it died, or the job was adopted; then only history and queue tell
         self.number: Any = None  # the run's number in the history; None: any run will do
         self.error_event: str | None = None
@@ -931,6 +933,8 @@ class _Watch:
 
     def has_news(self) -> bool:
         """Wait for an event, up to a second, and say whether history and queue are to be asked."""
+        import queue
+
         is_over = False
         if self.line is None:
             time.sleep(0.2)
