@@ -192,6 +192,7 @@ class Worker:
         self.running: dict[str, float] = {}  # job -> since when it runs
         self.last_run_s: float | None = None
         self.waiting = 0  # messages on the queue, as far as is known
+        self.glance_due = False  # is that still so?
         self.others = 0  # instances that the group wants besides this one
         self.workflows = self.commands_waiting = 0
         self.command_runs = False
@@ -289,6 +290,7 @@ class Worker:
                 self.waiting = 0
             if took:
                 self.waiting -= self.others + 1  # they, too, take one after the other
+                self.glance_due = self.waiting <= 0
             self.turn.notify_all()
 
     def end_run(self) -> None:
@@ -346,7 +348,7 @@ class Worker:
 
     def watch(self, lanes: list[threading.Thread]) -> None:
         """What goes on beside the lanes, until there is nothing left to wait for."""
-        next_lifecycle = next_beat = 0.0
+        next_lifecycle = next_beat = next_glance = 0.0
         next_upload = time.monotonic() + LOG_UPLOAD_S
         while (
             (any(lane.is_alive() for lane in lanes) or self.leases)
@@ -366,6 +368,9 @@ class Worker:
             if (self.look_due.is_set() or self.leases) and now >= self.next_look:
                 self.look_due.clear()
                 self.raise_capacity()
+            if self.glance_due and now >= next_glance:
+                next_glance = now + GLANCE_S
+                self.glance()
             if now >= next_upload:
                 next_upload = now + LOG_UPLOAD_S
                 self.upload_logs()
@@ -707,8 +712,7 @@ class Worker:
         The visibility timeout is named, so a queue made by hand works too.
         """
         cooldown_s = self.settings.scale_cooldown_s
-        began = time.monotonic()
-        left = self.idle_since + cooldown_s - began
+        left = self.idle_since + cooldown_s - time.monotonic()
         wait_s = max(1, min(POLL_S, math.ceil(left) if left > 0 else cooldown_s))
         answer = self.sqs.receive_message(
             QueueUrl=self.queue_url,
@@ -718,8 +722,6 @@ class Worker:
             MessageSystemAttributeNames=["ApproximateReceiveCount", "SentTimestamp"],
         )
         messages = answer.get("Messages") or [None]
-        if messages[0] and self.waiting <= 0 and time.monotonic() < began + 1:
-            self.next_look = min(self.next_look, self.looked_at + LOOK_AGAIN_S)  # more may be waiting there
         return messages[0]  # type: ignore[no-any-return]
 
     def put_back(self, message: dict[str, Any], delay_s: int) -> None:
@@ -1006,10 +1008,21 @@ class Worker:
         self.next_look = now + min(pace_s, max(1.0, self.settings.scale_cooldown_s / 4))
         depth = self.depth()
         self.history.add(now, depth)
-        with self.turn:
-            self.waiting = depth.visible
-            self.turn.notify_all()
+        self.note_waiting(depth)
         return depth
+
+    def glance(self) -> None:
+        """See whether more messages wait, so that they are fetched ahead; nothing else is decided by it."""
+        try:
+            self.note_waiting(self.depth())
+        except Exception as error:
+            logger.info("Nothing is fetched ahead for now: %s", explain(error))
+
+    def note_waiting(self, depth: QueueDepth) -> None:
+        """Take in how many messages wait."""
+        with self.turn:
+            self.waiting, self.glance_due = depth.visible, False
+            self.turn.notify_all()
 
     def raise_capacity(self) -> None:
         """Raise the group to what the queue calls for. A failed read means no action."""
@@ -1228,8 +1241,8 @@ class Worker:
 
 LOOK_S = 30
 """How often, on average, a worker with a job looks at the queue; one without looks after every second poll."""
-LOOK_AGAIN_S = 10
-"""How soon it looks again when messages come at once, although none was known to wait."""
+GLANCE_S = 1
+"""How often at most it asks besides whether more wait, when one came although none was known to."""
 LONG_JOB_S = 300
 """A job that runs for so long occupies its worker: longer than another instance takes to come."""
 ALL_LONG_S = 600
