@@ -26,6 +26,8 @@ Workflow = dict[str, dict[str, Any]]
 HERE = Path(__file__).resolve().parent
 HOOK_NAME = "comfy-terminating"
 """The termination lifecycle hook that create_env.sh makes with the group."""
+VERSION_TAG = "comfy-version"
+"""The tag in which create_env.sh tells the group's instances which version of the launch template counts."""
 
 MAX_MESSAGE_BYTES = 1024 * 1024
 """SQS refuses a larger message; a larger workflow travels by the bucket."""
@@ -58,6 +60,8 @@ class Settings:
     job_timeout_s: int
     stall_timeout_s: int
     exec_cmd: str
+    exec_cmd_beside: bool
+    warmup_workflow: Path | None
     callback_url: str
     callback_secret: str = field(repr=False)
 
@@ -97,6 +101,8 @@ _DEFAULTS = {
     "JOB_TIMEOUT": "3600",
     "STALL_TIMEOUT": "900",
     "EXEC_CMD": "base",
+    "EXEC_CMD_BESIDE": "no",
+    "WARMUP_WORKFLOW": "",
     "CALLBACK_URL": "",
     "CALLBACK_SECRET": "",
 }
@@ -187,6 +193,8 @@ def _check(values: Mapping[str, str], path: Path) -> Settings:
         job_timeout_s=number("JOB_TIMEOUT", 1, 42_000),
         stall_timeout_s=number("STALL_TIMEOUT", 2, 42_000),
         exec_cmd=text("EXEC_CMD", r"base|always|never", "base, always or never"),
+        exec_cmd_beside=text("EXEC_CMD_BESIDE", r"yes|no", "yes or no") == "yes",
+        warmup_workflow=Path(values["COMFY_HOME"], values["WARMUP_WORKFLOW"]) if values["WARMUP_WORKFLOW"] else None,
         callback_url=text("CALLBACK_URL", r"(https?://\S+)?", "an http(s) address, or leave it out"),
         callback_secret=values["CALLBACK_SECRET"],
     )
@@ -348,7 +356,11 @@ def aws_client(service: str, region: str) -> Any:
 
     # A long poll answers within 20 s; 30 s without a byte is a dead connection.
     config = Config(
-        connect_timeout=5, read_timeout=30, retries={"mode": "standard", "total_max_attempts": 4}, tcp_keepalive=True
+        connect_timeout=5,
+        read_timeout=30,
+        retries={"mode": "standard", "total_max_attempts": 4},
+        tcp_keepalive=True,
+        max_pool_connections=30,
     )
     with _session_lock:
         if region not in _sessions:  # one for all clients, because each reads AWS's descriptions anew
@@ -406,23 +418,36 @@ class Group(NamedTuple):
     max_size: int
     in_service: list[str]
     """Ids of the instances that are in service, so neither booting nor on their way out."""
+    outdated: tuple[str, ...] = ()
+    """Those among them that were launched from another template version than the group's tag comfy-version names."""
 
 
 def read_group(autoscaling: Any, asg_name: str) -> Group | None:
     """Ask AWS how the group stands; None where there is no such group."""
     answer = autoscaling.describe_auto_scaling_groups(AutoScalingGroupNames=[asg_name])
     for group in answer["AutoScalingGroups"]:
-        in_service = [item["InstanceId"] for item in group["Instances"] if item["LifecycleState"] == "InService"]
-        return Group(group["DesiredCapacity"], group["MinSize"], group["MaxSize"], in_service)
+        there = [item for item in group["Instances"] if item["LifecycleState"] == "InService"]
+        version = next((tag["Value"] for tag in group.get("Tags", []) if tag["Key"] == VERSION_TAG), None)
+        outdated = [
+            item["InstanceId"]
+            for item in there
+            if version and item.get("LaunchTemplate", {}).get("Version", version) != version
+        ]
+        in_service = [item["InstanceId"] for item in there]
+        return Group(group["DesiredCapacity"], group["MinSize"], group["MaxSize"], in_service, tuple(outdated))
     return None
 
 
 class Capacity(NamedTuple):
-    """The group's desired capacity before a look at it, and after; `missing` of its instances are not in service."""
+    """The group's desired capacity before a look at it, and after; `missing` of its instances are not in service.
+
+    `group` is how it stood when it was looked at.
+    """
 
     before: int
     after: int
     missing: int
+    group: Group
 
 
 def raise_capacity(
@@ -446,7 +471,7 @@ def raise_capacity(
     if wanted > group.desired:
         autoscaling.set_desired_capacity(AutoScalingGroupName=asg_name, DesiredCapacity=wanted, HonorCooldown=False)
     after = max(wanted, group.desired)
-    return Capacity(group.desired, after, missing=after - len(group.in_service))
+    return Capacity(group.desired, after, missing=after - len(group.in_service), group=group)
 
 
 LAUNCH_FAILURE_AGE_S = 900
@@ -594,11 +619,17 @@ class OutputFile(NamedTuple):
 
 
 class ComfyUI:
-    """A ComfyUI server. Its history decides what became of a job; the websocket is for progress and speed."""
+    """A ComfyUI server. Its history decides what became of a job; the websocket is for progress and speed.
+
+    Several threads may run jobs at the same time: the server runs them one after the other, and one websocket
+    tells of all of them.
+    """
 
     def __init__(self, address: str) -> None:
         self.address = address
         self._session: Any = None
+        self._line: _Line | None = None
+        self._line_lock = threading.Lock()
 
     def is_ready(self) -> bool:
         """Whether the server answers."""
@@ -616,6 +647,7 @@ class ComfyUI:
         stall_s: float = math.inf,
         on_progress: Callable[[dict[str, Any]], None] = lambda _: None,
         should_stop: Callable[[], bool] = lambda: False,
+        should_withdraw: Callable[[], bool] = lambda: False,
         before_first_submit: Callable[[], None] = lambda: None,
         again: bool = False,
     ) -> Finished:
@@ -624,11 +656,13 @@ class ComfyUI:
         A job with this id that the server already has is adopted, not run twice, unless `again` says
         that its end is known and it is to run once more. One that was interrupted before we came had been
         given back to be run again, and is. `before_first_submit` is called where the server knows nothing of
-        the job, so that nothing in its cache names a file of an earlier try. `should_stop` is asked every
-        second. Raises WorkflowRefusedError, ComfyGoneError, ComfyStalledError (no event for `stall_s` while
-        it is said to run), JobTimeoutError and JobStoppedError (both after interrupting the job).
+        the job, so that nothing in its cache names a file of an earlier try. `on_progress` hears its events, the
+        first being `execution_start`: behind other jobs it may wait for long, and neither runs out of time nor
+        stalls. `should_stop` is asked every second, `should_withdraw` as long as it has not started. Raises
+        WorkflowRefusedError, ComfyGoneError, ComfyStalledError (no event for `stall_s` while it is said to run),
+        JobTimeoutError and JobStoppedError (both after interrupting the job or taking it out of the queue).
         """
-        watch = _Watch(prompt_id, timeout_s, stall_s, on_progress, should_stop)
+        watch = _Watch(prompt_id, timeout_s, stall_s, on_progress, should_stop, should_withdraw)
         node_errors: dict[str, Any] = {}
         try:
             known = again or self.history(prompt_id) is not None or self.place(prompt_id) is not None
@@ -636,10 +670,11 @@ class ComfyUI:
             if not known:
                 before_first_submit()
             if entry is None or _is_interrupted(entry):
-                client_id = new_job_id()  # a fresh one: the server may forget a second socket of the same id
-                watch.socket = self._connect(client_id)
+                if should_stop() or should_withdraw():
+                    raise JobStoppedError
+                watch.line = self._listen(watch)
                 with suppress(ComfySlowError):  # whether it was accepted, history and queue will tell
-                    watch.number, node_errors = self._submit(workflow, prompt_id, client_id)
+                    watch.number, node_errors = self._submit(workflow, prompt_id, watch.line.client_id)
                 entry = self._await_end(watch)
                 if watch.number is None and _is_interrupted(entry):
                     raise ComfyGoneError(f"ComfyUI on {self.address} has not taken the job")
@@ -647,7 +682,8 @@ class ComfyUI:
             self.cancel(prompt_id)
             raise
         finally:
-            watch.close()
+            if watch.line is not None:
+                watch.line.watches.pop(prompt_id, None)
         return Finished(entry, node_errors, watch.error_event if error_of(entry) is None else None)
 
     def history(self, prompt_id: str) -> dict[str, Any] | None:
@@ -664,10 +700,20 @@ class ComfyUI:
         return None
 
     def cancel(self, prompt_id: str) -> None:
-        """Take the job out of the queue, or interrupt it if it runs. Best effort."""
+        """Take the job out of the queue, or interrupt it if it runs. Best effort; no other job is touched."""
         with suppress(ComfyGoneError):
             self._call("POST", "/queue", {"delete": [prompt_id]})
-            self._call("POST", "/interrupt", {"prompt_id": prompt_id})
+            if self.place(prompt_id) == "running":  # asked, because old servers interrupt whatever runs
+                self._call("POST", "/interrupt", {"prompt_id": prompt_id})
+
+    def _withdraw(self, watch: _Watch) -> None:
+        """Take the job out of the queue and raise JobStoppedError, unless it has started just now."""
+        with suppress(ComfyGoneError):
+            self._call("POST", "/queue", {"delete": [watch.prompt_id]})
+            if self.place(watch.prompt_id) is not None or self.history(watch.prompt_id) is not None:
+                watch.note_start()
+                return
+        raise JobStoppedError
 
     def free(self) -> None:
         """Ask the server to unload models and free memory before the next job."""
@@ -705,27 +751,42 @@ class ComfyUI:
         """Wait for the history entry of the run being watched."""
         while True:
             watch.check()
+            if not watch.has_started and watch.should_withdraw():
+                self._withdraw(watch)
             if not watch.has_news():
                 continue
             try:
+                entry = self.history(watch.prompt_id)
+                if entry is not None and watch.number is not None and entry["prompt"][0] == watch.number:
+                    return entry
                 # First the queue, then the history: a job that has left the one is in the other already.
                 place = self.place(watch.prompt_id)
-                entry = self.history(watch.prompt_id)
+                if place is None:
+                    entry = self.history(watch.prompt_id)
             except ComfySlowError:
                 continue
-            if entry is not None and (place is None if watch.number is None else entry["prompt"][0] == watch.number):
+            if place is not None:
+                watch.note_place(place)
+            elif entry is not None and watch.number in (None, entry["prompt"][0]):
                 return entry
-            if place is None:
+            else:
                 raise ComfyGoneError(f"ComfyUI on {self.address} no longer has the job: it was restarted")
-            watch.note_place(place)
 
-    def _connect(self, client_id: str) -> Any:
+    def _listen(self, watch: _Watch) -> _Line:
+        """The websocket, opened anew where it has died, which from now on tells the watch of its job."""
         import websocket
 
-        try:
-            return websocket.create_connection(f"ws://{self.address}/ws?clientId={client_id}", timeout=1)
-        except (websocket.WebSocketException, OSError) as error:
-            raise ComfyGoneError(f"ComfyUI on {self.address} does not answer: {error}") from error
+        with self._line_lock:
+            if self._line is None or not self._line.watch(watch):
+                client_id = new_job_id()  # a fresh one: the server may forget a second socket of the same id
+                try:
+                    socket = websocket.create_connection(f"ws://{self.address}/ws?clientId={client_id}", timeout=10)
+                except (websocket.WebSocketException, OSError) as error:
+                    raise ComfyGoneError(f"ComfyUI on {self.address} does not answer: {error}") from error
+                socket.settimeout(None)
+                self._line = _Line(socket, client_id)
+                self._line.watch(watch)
+            return self._line
 
     def _json(self, method: str, path: str) -> dict[str, Any]:
         answer = self._call(method, path)
@@ -769,6 +830,47 @@ class ComfyUI:
 
 SILENCE_S = 2.0
 """Seconds without news of a job after which history and queue are asked."""
+LAST_WORD_S = 0.05
+"""So long after a job's last event comes the word that its history is written."""
+
+
+class _Line:
+    """One websocket and the thread that reads it, always, because a server waits for a client that does not."""
+
+    def __init__(self, socket: Any, client_id: str) -> None:
+        self.client_id = client_id
+        self.watches: dict[str, _Watch] = {}
+        self._socket = socket
+        self._is_open = True
+        self._lock = threading.Lock()
+        threading.Thread(target=self._read, name="websocket", daemon=True).start()
+
+    def watch(self, watch: _Watch) -> bool:
+        """Tell the watch of its job from now on; False where the line is dead."""
+        with self._lock:
+            if self._is_open:
+                self.watches[watch.prompt_id] = watch
+            return self._is_open
+
+    def _read(self) -> None:
+        import websocket
+
+        try:
+            while True:
+                frame = self._socket.recv()
+                if isinstance(frame, str) and frame:  # bytes are previews
+                    event: dict[str, Any] = json.loads(frame)
+                    watch = self.watches.get(event.get("data", {}).get("prompt_id"))
+                    if watch is not None:
+                        watch.events.put(event)
+        except (websocket.WebSocketException, OSError, ValueError, AttributeError):
+            pass  # what it would have told history and queue tell, too
+        with self._lock:
+            self._is_open = False
+        for watch in list(self.watches.values()):
+            watch.events.put(None)
+        with suppress(websocket.WebSocketException, OSError):
+            self._socket.close()
 
 
 class _Watch:
@@ -781,15 +883,21 @@ class _Watch:
         stall_s: float,
         on_progress: Callable[[dict[str, Any]], None],
         should_stop: Callable[[], bool],
+        should_withdraw: Callable[[], bool],
     ) -> None:
+        import queue
+
         self.prompt_id = prompt_id
         self.timeout_s = timeout_s
         self.stall_s = stall_s
         self.on_progress = on_progress
         self.should_stop = should_stop
-        self.socket: Any = None  # None: it died, or the job was adopted; then only history and queue tell
+        self.should_withdraw = should_withdraw
+        self.events: Any = queue.SimpleQueue()  # None: the line is dead
+        self.line: _Line | None = None  # None: it died, or the job was adopted; then only history and queue tell
         self.number: Any = None  # the run's number in the history; None: any run will do
         self.error_event: str | None = None
+        self.has_started = False
         self._ended = False
         self._ended_at = 0.0
         self._started = self._asked = self._moved = time.monotonic()
@@ -799,56 +907,53 @@ class _Watch:
         now = time.monotonic()
         if self.should_stop():
             raise JobStoppedError
-        if now > self._started + self.timeout_s:
+        if self.has_started and now > self._started + self.timeout_s:
             raise JobTimeoutError
-        if self.socket is not None and now > self._moved + self.stall_s:
+        if self.line is not None and self.has_started and now > self._moved + self.stall_s:
             raise ComfyStalledError(f"ComfyUI has said nothing of the running job for {self.stall_s:.0f} s")
+
+    def note_start(self) -> None:
+        """Take in that the job runs: from now on it may run out of time, and stall."""
+        if not self.has_started:
+            self.has_started = True
+            self._started = self._moved = time.monotonic()
+            self.on_progress({"type": "execution_start", "data": {"prompt_id": self.prompt_id}})
 
     def note_place(self, place: str) -> None:
         """Take in that the job is still in the queue."""
-        now = time.monotonic()
-        if place == "pending":  # behind others it neither runs out of time nor stalls
-            self._started = self._moved = now
-        if now > self._ended_at + SILENCE_S:  # the error of an ExecutionBlocker does not end the run
+        if place == "running":
+            self.note_start()
+        if time.monotonic() > self._ended_at + SILENCE_S:  # the error of an ExecutionBlocker does not end the run
             self._ended = False
 
     def has_news(self) -> bool:
         """Wait for an event, up to a second, and say whether history and queue are to be asked."""
-        if self.socket is None or self._ended:
-            # History is written shortly after the last event; without a socket it is all we have.
-            time.sleep(0.005 if self._ended else 0.2)
+        import queue
+
+        is_over = False
+        if self.line is None:
+            time.sleep(0.2)
+            is_over = True
         else:
-            event = self._read()
-            if event is not None:
+            try:
+                event = self.events.get(timeout=LAST_WORD_S if self._ended else 1)
+            except queue.Empty:
+                is_over = self._ended
+            else:
+                if event is None:
+                    self.line = None
+                    return False
                 self._moved = time.monotonic()
+                # Said of failures, too, and only once the history is written: it is time to ask.
+                is_over = event["type"] == "executing" and event["data"].get("node") is None
                 self._take(event)
-            if self.socket is not None and not self._ended and time.monotonic() < self._asked + SILENCE_S:
-                return False
-        self._asked = time.monotonic()
-        return True
-
-    def close(self) -> None:
-        """Close the socket."""
-        if self.socket is not None:
-            self.socket.close()
-
-    def _read(self) -> dict[str, Any] | None:
-        """The next event of this job; None for previews, status and other jobs, and for silence."""
-        import websocket
-
-        try:
-            frame = self.socket.recv()
-        except websocket.WebSocketTimeoutException:
-            return None
-        except (websocket.WebSocketException, OSError):
-            self.socket = None
-            return None
-        if not isinstance(frame, str) or not frame:
-            return None
-        event: dict[str, Any] = json.loads(frame)
-        return event if event.get("data", {}).get("prompt_id") == self.prompt_id else None
+        if is_over or time.monotonic() > self._asked + SILENCE_S:
+            self._asked = time.monotonic()
+            return True
+        return False
 
     def _take(self, event: dict[str, Any]) -> None:
+        self.note_start()
         if event["type"] in ("executing", "progress", "progress_state"):
             self.on_progress(event)
         elif event["type"] in ("execution_success", "execution_error", "execution_interrupted"):
@@ -859,6 +964,14 @@ class _Watch:
                 self.error_event = (
                     f"node {data.get('node_id')} {data.get('node_type')}: {data.get('exception_message')}"
                 )
+
+
+def started_at(entry: Mapping[str, Any]) -> datetime | None:
+    """When ComfyUI began to run the job, from its history entry; None where it does not tell."""
+    for name, data in (entry.get("status") or {}).get("messages") or []:
+        if name == "execution_start" and isinstance(data.get("timestamp"), int):
+            return datetime.fromtimestamp(data["timestamp"] / 1000, UTC)
+    return None
 
 
 def _is_interrupted(entry: Mapping[str, Any]) -> bool:

@@ -25,9 +25,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -62,12 +64,14 @@ from comfy_utils import (
     explain_node_errors,
     job_error,
     load_settings,
+    new_job_id,
     outputs_of,
     own_outputs,
     parse_message,
     queue_depth,
     raise_capacity,
     read_group,
+    started_at,
 )
 
 logger = logging.getLogger("parse_job")
@@ -84,7 +88,7 @@ def on_job_done(result: Result) -> None:
     """Called once a job's result is stored and its callback was accepted, before the message is deleted.
 
     `result` is what stands in result.json. It may be called again for the same job when the worker
-    dies right here, and for several jobs at the same time, since callbacks run beside the next job. An
+    dies right here, and for several jobs at the same time, since a job is finished beside the next one. An
     exception is logged and changes nothing for the job.
     """
 
@@ -114,7 +118,13 @@ COMFY_FAILURES_LIMIT = 2
 AWS_PATIENCE_S = 600
 """How long a worker with a job in hand waits for S3 or SQS to recover."""
 CALLBACK_TRIES = 3
-CALLBACKS_AT_ONCE = 8
+LANES = 4
+"""So many jobs a worker has in hand at most that have not run to their end: one runs, the others come next."""
+MESSAGES_AT_ONCE = LANES + 8
+"""With those that have run, and whose files, receipt and callback are under way."""
+UPLOADS_AT_ONCE = 8
+PART_BYTES = 8 * 1024 * 1024
+"""A larger file is uploaded in parts, several at once."""
 COMMAND_OUTPUT_BYTES = 4096
 INTERRUPT_S = 60
 """An interrupt takes effect at the next node or sampler step; a node that takes longer is stuck."""
@@ -122,6 +132,21 @@ INTERRUPT_S = 60
 
 class PutBackError(Exception):
     """The job did not end, and another try may help: the message goes back to the queue."""
+
+
+class NeverStartedError(PutBackError):
+    """The job had not begun to run when ComfyUI was gone."""
+
+
+@dataclass(frozen=True)
+class Ran:
+    """What became of a job's run."""
+
+    started_at: datetime
+    finished: Finished | None = None
+    """What ComfyUI says of a workflow that it ran to an end."""
+    values: dict[str, dict[str, Any]] = field(default_factory=dict)
+    error: dict[str, Any] | None = None
 
 
 class Worker:
@@ -140,57 +165,89 @@ class Worker:
         self.stop = threading.Event()  # SIGTERM: give everything back and exit
         self.spot = threading.Event()  # the machine is taken away in two minutes
         self.drain = threading.Event()  # the group takes this instance: finish the job, take nothing new
-        self.leases: list[Lease] = []  # the messages in hand: one that runs, others whose callback is under way
+        self.leases: list[Lease] = []  # the messages in hand
         self.look_due = threading.Event()  # a message was taken: are more instances called for?
         self.history = QueueHistory(settings.scale_cooldown_s)
         self.jitter = random.Random(self.instance_id)  # so that workers started together do not ask together
         self.next_look = self.looked_at = time.monotonic()
-        self.running_since: float | None = None
         self.board: dict[str, dict[str, Any]] = {}  # by job id, what worker.json says of it
         self.board_told: list[dict[str, Any]] | None = None
         self.group: Group | None = None
         self.group_read_at = -math.inf
         self.capacity_said: str | None = None
-        self.idle_since = self.turned_at = self.answered_at = time.monotonic()
+        self.idle_since = time.monotonic()
+        self.answered_at: float | None = None  # when ComfyUI last did
+        self.warmed_up = settings.warmup_workflow is None
         self.comfy_failures = 0  # in a row
+        self.comfy_failed_at = self.restarted_at = -math.inf
         self.in_group = False
         self.warming = False  # in the warm pool: it boots only to be stopped, and takes nothing
         self.scaling_off_said = False
+        self.metrics = Metrics()
+        self.metrics_failed = False
+        self.cloudwatch: Any = None
+        self.logs_stored: dict[str, tuple[int, int]] = {}  # log -> its size and time when it was uploaded
+        self.uploads = ThreadPoolExecutor(UPLOADS_AT_ONCE, thread_name_prefix="upload")
+        # What the lanes agree on; `turn` guards it and wakes those that wait.
+        self.turn = threading.Condition()
+        self.turned_at: dict[str, float] = {}  # lane -> when it last turned
+        self.polling = False  # one lane waits at the queue, for all
+        self.taken = 0  # jobs in hand that have not run to their end
+        self.running: dict[str, float] = {}  # job -> since when it runs
+        self.last_run_s: float | None = None
+        self.waiting = 0  # messages on the queue, as far as is known
+        self.glance_due = False  # is that still so?
+        self.others = 0  # instances that the group wants besides this one
+        self.workflows = self.commands_waiting = 0
+        self.command_runs = False
+        self.replacement = Replacement()
 
     def run(self) -> None:
         """Work until SIGTERM; leave the group when idle or told to."""
         self.queue_url = self.find_queue()
         logger.info("Worker on %s takes jobs from %s", self.instance_id, self.settings.sqs_name)
         self.look_at_lifecycle()
-        lane = threading.Thread(target=self.work, name="lane", daemon=True)
-        lane.start()
-        self.watch(lane)
+        self.metrics.add_boot(self.settings.comfy_home / "logs/boot.json")
+        lanes = [threading.Thread(target=self.work, name=f"lane {n + 1}", daemon=True) for n in range(LANES)]
+        self.turned_at = {lane.name: time.monotonic() for lane in lanes}
+        for lane in lanes:
+            lane.start()
+        self.watch(lanes)
         if self.spot.is_set() or (self.drain.is_set() and not self.stop.is_set()):
-            lane.join(POLL_S + 5)
+            limit = time.monotonic() + POLL_S + 5
+            for lane in lanes:
+                lane.join(max(0, limit - time.monotonic()))
             self.give_back_all()
             self.leave()
         else:
-            # A job in hand is given back at once. An empty long poll is not worth waiting for: should
-            # it bring a message after all, its lease ends by itself.
-            lane.join(10 if self.leases else 0)
+            # Jobs in hand are given back at once, and what has run is stored. An empty long poll is not worth
+            # waiting for: should it bring a message after all, its lease ends by itself.
+            limit = time.monotonic() + 10
+            while any(not lease.stored for lease in self.leases) and time.monotonic() < limit:
+                time.sleep(0.05)
             self.give_back_all()
             self.upload_logs()
+            self.publish_metrics(last=True)
 
     def work(self) -> None:
-        """The lane: one message after the other."""
+        """A lane: one message after the other. Several stand in ComfyUI's queue, so that it never waits for us."""
         failures = 0
         while not self.is_leaving():
-            self.turned_at = time.monotonic()
             try:
-                if self.warming:
-                    self.stop.wait(1)
+                turn = self.await_turn()
+                if turn is None:
                     continue
-                message = self.receive() if self.comfyui_answers() else None
-                if message is None:
-                    self.leave_if_idle()
-                elif self.is_leaving():
-                    self.put_back(message, delay_s=0)
-                else:
+                message = None
+                try:
+                    if turn == "leave":
+                        self.leave_to_replacement()
+                    elif turn == "ahead" or self.comfyui_answers():
+                        message = self.receive(ahead=turn == "ahead")
+                    if turn == "poll" and message is None:
+                        self.leave_if_idle()
+                finally:
+                    self.end_turn(turn, took=message is not None)
+                if message is not None:
                     self.process_one_message(message)
                 if self.comfy_failures >= COMFY_FAILURES_LIMIT:
                     self.declare_unhealthy()
@@ -201,15 +258,119 @@ class Worker:
                 logger.error(
                     "The lane goes on in %.0f s: %s", delay_s, explain(error), exc_info=not error_code(error)
                 )
-                self.stop.wait(delay_s)
+                limit = time.monotonic() + delay_s
+                while time.monotonic() < limit and not self.should_stop():
+                    self.stop.wait(0.5)
 
-    def watch(self, lane: threading.Thread) -> None:
-        """What goes on beside the lane, until there is nothing left to wait for."""
-        next_lifecycle = next_beat = next_news = 0.0
+    def await_turn(self) -> str | None:
+        """What this lane is to do: "poll" the queue for all, fetch a job "ahead", or "leave" to a replacement.
+
+        None: nothing now.
+        """
+        with self.turn:
+            self.should_stop()
+            if not (self.polling or self.warming or self.is_leaving()):
+                if self.replacement.is_due and self.taken == 0:
+                    self.polling = True
+                    return "leave"
+                if not self.replacement.is_due and len(self.leases) < MESSAGES_AT_ONCE:
+                    if self.taken == 0:
+                        self.polling = True
+                        return "poll"
+                    if self.may_fetch_ahead():
+                        self.taken += 1
+                        return "ahead"
+            self.turn.wait(0.5)
+        return None
+
+    def end_turn(self, turn: str, *, took: bool) -> None:
+        """The receive is over, and `took` a message or not."""
+        with self.turn:
+            if turn != "ahead":
+                self.polling = False
+                self.taken += took
+            elif not took:
+                self.taken -= 1
+                self.waiting = 0
+            if took:
+                self.waiting -= self.others + 1  # they, too, take one after the other
+                self.glance_due = self.waiting <= 0
+            self.turn.notify_all()
+
+    def end_run(self) -> None:
+        """A job in hand has run to its end, or never will."""
+        with self.turn:
+            self.taken -= 1
+            self.turn.notify_all()
+
+    def may_fetch_ahead(self) -> bool:
+        """Whether a job may be taken now that will stand behind those in hand. `turn` is held."""
+        group = self.group
+        if (group and self.instance_id in group.outdated) or any(lease.attempt > 1 for lease in self.leases):
+            return False  # a job that was given back before may be one that kills ComfyUI, and all behind it
+        return may_fetch_ahead(
+            waiting=self.waiting,
+            others=self.others,
+            in_hand=self.taken,
+            last_run_s=self.last_run_s,
+            running_s=self.running_s(),
+        )
+
+    def running_s(self) -> float:
+        """How long the job that runs has run, 0 where none does."""
+        return max((time.monotonic() - since for since in list(self.running.values())), default=0.0)
+
+    @contextmanager
+    def running_job(self, job_id: str, *, alone: bool) -> Iterator[None]:
+        """Workflows pass together, a command only when nothing else runs."""
+        with self.turn:
+            self.commands_waiting += alone
+            try:
+                while self.command_runs or (self.workflows if alone else self.commands_waiting):
+                    if self.should_stop() or self.is_leaving():
+                        raise JobStoppedError
+                    self.turn.wait(0.5)
+            finally:
+                self.commands_waiting -= alone
+                self.turn.notify_all()
+            if alone:
+                self.command_runs = True
+            else:
+                self.workflows += 1
+        try:
+            yield
+        finally:
+            with self.turn:
+                if alone:
+                    self.command_runs = False
+                else:
+                    self.workflows -= 1
+                since = self.running.pop(job_id, None)
+                self.board.pop(job_id, None)
+                if since is not None:
+                    self.last_run_s = time.monotonic() - since
+                self.turn.notify_all()
+
+    def note_running(self, job_id: str) -> None:
+        """The job begins to run now, if it had not begun before."""
+        with self.turn:
+            if job_id not in self.running:
+                self.running[job_id] = time.monotonic()
+                self.board[job_id] = {"job_id": job_id, "since": iso(datetime.now(UTC))}
+            self.turn.notify_all()
+
+    def watch(self, lanes: list[threading.Thread]) -> None:
+        """What goes on beside the lanes, until there is nothing left to wait for."""
+        next_lifecycle = next_beat = next_glance = next_news = 0.0
         next_upload = time.monotonic() + LOG_UPLOAD_S
-        while (lane.is_alive() or self.leases) and not self.stop.wait(0.2) and not self.spot.is_set():
+        while (
+            (any(lane.is_alive() for lane in lanes) or self.leases)
+            and not self.stop.wait(0.2)
+            and not self.spot.is_set()
+        ):
             now = time.monotonic()
-            if now < self.turned_at + TURN_LIMIT_S:
+            turned_at = [self.turned_at[lane.name] for lane in lanes if lane.is_alive()]
+            if now < min(turned_at, default=now) + TURN_LIMIT_S:
                 notify_systemd("WATCHDOG=1")
             if now >= next_lifecycle:
                 next_lifecycle = now + LIFECYCLE_POLL_S
@@ -220,19 +381,26 @@ class Worker:
             if (self.look_due.is_set() or self.leases) and now >= self.next_look:
                 self.look_due.clear()
                 self.raise_capacity()
+            if self.glance_due and now >= next_glance:
+                next_glance = now + GLANCE_S
+                self.glance()
             if now >= next_news and self.tell_of_jobs():
                 next_news = now + WORKER_NEWS_S
             if now >= next_upload:
                 next_upload = now + LOG_UPLOAD_S
                 self.upload_logs()
+            self.metrics.tick(now, busy=bool(self.running))
+            self.publish_metrics()
 
     def is_leaving(self) -> bool:
         """Whether nothing new is to be taken."""
         return self.stop.is_set() or self.spot.is_set() or self.drain.is_set()
 
     def should_stop(self) -> bool:
-        """Whether the running job is to be given back at once. Asked all the time, so it shows that the lane turns."""
-        self.turned_at = time.monotonic()
+        """Whether running jobs are to be given back at once. Asked all the time, so it shows that a lane turns."""
+        name = threading.current_thread().name
+        if name in self.turned_at:
+            self.turned_at[name] = time.monotonic()
         return self.stop.is_set() or self.spot.is_set()
 
     # --- One message -------------------------------------------------------------------------------------
@@ -243,34 +411,46 @@ class Worker:
         self.leases.append(lease)
         self.look_due.set()
         result: Result | None = None
-        with self.putting_back(lease):
-            job, invalid = understand(message)
-            logger.info("Job %s: attempt %d", job.id, lease.attempt)
-            result = self.insist(lambda: self.stored_result(job.id))
-            if result is None:
-                self.running_since = time.monotonic()
-                self.board[job.id] = {"job_id": job.id, "since": iso(datetime.now(UTC))}
-                try:
+        ran: Ran | None = None
+        try:
+            with self.putting_back(lease):
+                if self.is_leaving():
+                    raise JobStoppedError
+                job, invalid = understand(message)
+                self.claim(job.id, lease)
+                logger.info("Job %s: attempt %d", job.id, lease.attempt)
+                result = self.insist(lambda: self.stored_result(job.id))
+                if result is None:
                     ran = self.run_job(job, invalid, lease)
-                finally:
-                    self.running_since = None
-                    self.board.pop(job.id, None)
-                result = self.insist(lambda: self.store_result(ran))
-            else:
-                logger.info("Job %s has its result already: not run again", job.id)
-        if result is None:
-            return
-        if not (job.callback_url or self.settings.callback_url):
-            self.finish(job, result, lease)
-            return
-        # The GPU does not wait for somebody's server, unless there are too many such jobs in hand.
-        threading.Thread(target=self.finish, args=(job, result, lease), daemon=True).start()
-        while len(self.leases) >= CALLBACKS_AT_ONCE and not self.should_stop():
-            time.sleep(0.05)
+                else:
+                    lease.stored = True
+                    logger.info("Job %s has its result already: not run again", job.id)
+        finally:
+            self.end_run()
+        if result is not None or ran is not None:
+            # The GPU does not wait for S3, nor for somebody's server.
+            threading.Thread(target=self.finish, args=(job, ran, result, lease), daemon=True).start()
 
-    def finish(self, job: Job, result: Result, lease: Lease) -> None:
-        """What comes after the result is stored."""
+    def claim(self, job_id: str, lease: Lease) -> None:
+        """Wait until no other lane has a message of the same job in hand."""
+        while True:
+            with self.turn:
+                if all(other.job_id != job_id for other in self.leases):
+                    lease.job_id = job_id
+                    return
+            if self.should_stop() or self.is_leaving():
+                raise JobStoppedError
+            time.sleep(0.1)
+
+    def finish(self, job: Job, ran: Ran | None, result: Result | None, lease: Lease) -> None:
+        """What comes after the run: files, receipt, callback, and the message is deleted."""
         with self.putting_back(lease):
+            if result is None and ran is not None:
+                stored = self.result_of(job, ran, lease)
+                result = self.insist(lambda: self.store_result(stored))
+                lease.stored = True
+                self.metrics.add_job(result)
+            assert result is not None
             self.call_back(job, result)
             try:
                 on_job_done(result)
@@ -292,13 +472,14 @@ class Worker:
         try:
             yield
         except JobStoppedError:
-            logger.info("Message %s is given back: this worker stops", lease.message_id)
+            logger.info("Message %s is given back: it is not to run here", lease.message_id)
             lease.end()
             self.put_back(lease.message, delay_s=0)
             self.let_go(lease)
         except Exception as error:
             # The delay doubles with each attempt. After MAX_RECEIVES SQS moves it to the dead-letter queue.
-            delay_s = min(5 * 2 ** (lease.attempt - 1), 300)
+            # A job that stood in the queue of a ComfyUI which died has not failed: it is for anyone, at once.
+            delay_s = 0 if isinstance(error, NeverStartedError) else min(5 * 2 ** (lease.attempt - 1), 300)
             logger.warning(
                 "Message %s is put back for %d s after attempt %d of %d: %s",
                 lease.message_id,
@@ -343,8 +524,9 @@ class Worker:
     def let_go(self, lease: Lease, delay_s: int = 0) -> None:
         """The message is no longer ours; a worker that put it back stays until it can be received again."""
         self.idle_since = time.monotonic() + delay_s
-        with suppress(ValueError):
+        with self.turn, suppress(ValueError):
             self.leases.remove(lease)
+            self.turn.notify_all()
 
     def give_back_all(self) -> None:
         """Give back what is still in hand, such as jobs whose callback is under way."""
@@ -353,35 +535,47 @@ class Worker:
             self.put_back(lease.message, delay_s=0)
             self.let_go(lease)
 
-    def run_job(self, job: Job, invalid: str | None, lease: Lease) -> Result:
-        """Run the job and return its result; raises PutBackError or JobStoppedError."""
-        started_at = datetime.now(UTC)
-        outputs: list[dict[str, Any]] = []
-        values: dict[str, dict[str, Any]] = {}
-        warnings: list[str] = []
-        error: dict[str, Any] | None = None
+    def run_job(self, job: Job, invalid: str | None, lease: Lease) -> Ran:
+        """Run the job to its end; raises PutBackError or JobStoppedError."""
+        now = datetime.now(UTC)
         if invalid is not None:
-            error = job_error("invalid_message", invalid)
-        elif job.command is not None:
-            values, error = self.run_command(job.id, job.command)
-        else:
-            try:
-                finished = self.run_workflow(job)
-            except WorkflowRefusedError as refused:
-                error = refused.error
-            except InvalidWorkflowError as reason:
-                error = job_error("invalid_workflow", str(reason))
-            except JobTimeoutError:
-                error = job_error("timeout", f"the job ran longer than JOB_TIMEOUT={self.settings.job_timeout_s} s")
-            else:
-                error = error_of(finished.entry)
-                warnings = [f"dropped: {text}" for text in explain_node_errors(finished.node_errors)]
-                warnings += [f"blocked: {finished.blocked}"] if finished.blocked else []
-                files, values = outputs_of(finished.entry)
-                outputs, missing = self.insist(lambda: self.store_files(job.id, files))
-                if missing and error is None:
-                    error = job_error("execution_error", missing[0])
-                warnings += missing
+            return Ran(now, error=job_error("invalid_message", invalid))
+        if job.command is not None:
+            with self.running_job(job.id, alone=not self.settings.exec_cmd_beside):
+                now = datetime.now(UTC)
+                self.note_running(job.id)
+                values, error = self.run_command(job.id, job.command)
+                return Ran(now, values=values, error=error)
+        try:
+            workflow = own_outputs(job.workflow or self.insist(lambda: self.fetch_workflow(job)), job.id)
+        except InvalidWorkflowError as reason:
+            return Ran(now, error=job_error("invalid_workflow", str(reason)))
+        progress = Progress(workflow, job.id, self.instance_id)
+        try:
+            with self.running_job(job.id, alone=False):
+                began_at, finished = self.run_workflow(job, workflow, progress, lease)
+        except WorkflowRefusedError as refused:
+            return Ran(now, error=refused.error)
+        except JobTimeoutError:
+            error = job_error("timeout", f"the job ran longer than JOB_TIMEOUT={self.settings.job_timeout_s} s")
+            return Ran(progress.started_at or now, error=error)
+        return Ran(began_at or progress.started_at or now, finished, error=error_of(finished.entry))
+
+    def result_of(self, job: Job, ran: Ran, lease: Lease) -> Result:
+        """Store the files of a job that has run, and return its result."""
+        outputs: list[dict[str, Any]] = []
+        warnings: list[str] = []
+        values, error = ran.values, ran.error
+        if ran.finished is not None:
+            warnings = [f"dropped: {text}" for text in explain_node_errors(ran.finished.node_errors)]
+            warnings += [f"blocked: {ran.finished.blocked}"] if ran.finished.blocked else []
+            files, values = outputs_of(ran.finished.entry)
+            outputs, missing = self.insist(lambda: self.store_files(job.id, files))
+            if missing and any(file.type == "temp" for file in files) and self.has_forgotten(job.id):
+                raise PutBackError(f"{missing[0]}: ComfyUI empties its temp folder when it starts")
+            if missing and error is None:
+                error = job_error("execution_error", missing[0])
+            warnings += missing
         finished_at = datetime.now(UTC)
         return {
             "job_id": job.id,
@@ -395,17 +589,40 @@ class Worker:
             "error": error,
             "timings": {
                 "sent_at": iso(lease.sent_at),
-                "started_at": iso(started_at),
+                "started_at": iso(ran.started_at),
                 "finished_at": iso(finished_at),
-                "wait_s": round((started_at - lease.sent_at).total_seconds(), 3),
-                "run_s": round((finished_at - started_at).total_seconds(), 3),
+                "wait_s": round((ran.started_at - lease.sent_at).total_seconds(), 3),
+                "run_s": round((finished_at - ran.started_at).total_seconds(), 3),
             },
         }
 
-    def run_workflow(self, job: Job) -> Finished:
-        """Run the workflow in ComfyUI; out of memory is tried once more on freed memory."""
-        workflow = own_outputs(job.workflow or self.insist(lambda: self.fetch_workflow(job)), job.id)
-        progress = Progress(workflow, job.id, self.instance_id)
+    def has_forgotten(self, job_id: str) -> bool:
+        """Whether ComfyUI was restarted after it ran the job."""
+        try:
+            return self.comfy.history(job_id) is None
+        except ComfyGoneError:
+            return True
+
+    def run_workflow(
+        self, job: Job, workflow: Workflow, progress: Progress, lease: Lease
+    ) -> tuple[datetime | None, Finished]:
+        """Run the workflow in ComfyUI; out of memory is tried once more on freed memory.
+
+        Returns since when it ran, as ComfyUI has it, and how it ended.
+        """
+        began_at: datetime | None = None
+        submitted_at = time.monotonic()
+
+        def note(event: dict[str, Any]) -> None:
+            if event["type"] == "execution_start":
+                self.note_running(job.id)
+            progress.note(event)
+
+        def should_withdraw() -> bool:
+            """Others may start it sooner than we can. An attempt is used up, so not the last ones."""
+            too_long = self.running_s() > AHEAD_LIMIT_S and time.monotonic() - submitted_at > AHEAD_LIMIT_S
+            return self.is_leaving() or (too_long and lease.attempt < self.settings.max_receives - 1)
+
         with every(PROGRESS_S, lambda: self.store_progress(progress)):
             for again in (False, True):
                 try:
@@ -414,8 +631,9 @@ class Worker:
                         job.id,
                         timeout_s=self.settings.job_timeout_s,
                         stall_s=self.settings.stall_timeout_s,
-                        on_progress=progress.note,
+                        on_progress=note,
                         should_stop=self.should_stop,
+                        should_withdraw=should_withdraw,
                         before_first_submit=lambda: self.remove_local_files(job.id),  # of a try cut short
                         again=again,
                     )
@@ -423,17 +641,25 @@ class Worker:
                     self.await_free_executor(job.id)
                     raise
                 except ComfyGoneError as error:
-                    self.comfy_failures += 1
+                    self.note_comfy_failure(submitted_at)
                     if isinstance(error, ComfyStalledError):
-                        self.restart_comfyui()
-                    raise PutBackError(str(error)) from error
+                        self.restart_comfyui(submitted_at)
+                    raise (PutBackError if progress.started_at else NeverStartedError)(str(error)) from error
                 self.comfy_failures = 0
+                began_at = began_at or started_at(finished.entry)
                 if (error_of(finished.entry) or {}).get("kind") != "out_of_memory":
-                    return finished
+                    return began_at, finished
                 logger.warning("Job %s ran out of memory%s", job.id, " again" if again else ": freeing, one more try")
                 with suppress(ComfyGoneError):
                     self.comfy.free()
         raise PutBackError("out of memory, also after ComfyUI freed its own")
+
+    def note_comfy_failure(self, since: float) -> None:
+        """Count a failure of ComfyUI that began after `since`, once for all jobs that it lost."""
+        with self.turn:
+            if since > self.comfy_failed_at:
+                self.comfy_failed_at = time.monotonic()
+                self.comfy_failures += 1
 
     def run_command(self, job_id: str, command: str) -> tuple[dict[str, dict[str, Any]], dict[str, Any] | None]:
         """Run a shell command in a process group of its own; its output's last 4 KB go into the result."""
@@ -493,14 +719,18 @@ class Worker:
                 if self.stop.wait(delay_s):
                     sys.exit(0)
 
-    def receive(self) -> dict[str, Any] | None:
-        """Long-poll for one message. The visibility timeout is named, so a queue made by hand works too."""
+    def receive(self, *, ahead: bool) -> dict[str, Any] | None:
+        """Receive one message; where none is fetched ahead, wait for it.
+
+        The visibility timeout is named, so a queue made by hand works too.
+        """
         cooldown_s = self.settings.scale_cooldown_s
         left = self.idle_since + cooldown_s - time.monotonic()
+        wait_s = max(1, min(POLL_S, math.ceil(left) if left > 0 else cooldown_s))
         answer = self.sqs.receive_message(
             QueueUrl=self.queue_url,
             MaxNumberOfMessages=1,
-            WaitTimeSeconds=max(1, min(POLL_S, math.ceil(left) if left > 0 else cooldown_s)),
+            WaitTimeSeconds=0 if ahead else wait_s,
             VisibilityTimeout=self.settings.visibility_timeout_s,
             MessageSystemAttributeNames=["ApproximateReceiveCount", "SentTimestamp"],
         )
@@ -540,24 +770,29 @@ class Worker:
         when ComfyUI served it from its cache after the file was deleted).
         """
         root = self.settings.output_dir
-        outputs: list[dict[str, Any]] = []
+        found: list[tuple[dict[str, Any], Path]] = []
         missing: list[str] = []
-        seen: set[Path] = set()
         for file in named:
             path = self.local_path(file)
             if path is None or not path.is_file():
                 missing.append(f"node {file.node_id}: its file {file.subfolder}/{file.filename} is not there")
-                continue
-            seen.add(path)
-            outputs.append({**file._asdict(), "s3_key": self.upload(job_id, path, file.type)})
+            else:
+                found.append((file._asdict(), path))
         # Checkpoint and LoRA savers write files without any entry in the history.
         folder = root / job_id
+        seen = {path for _, path in found}
         ours = {folder / "result.json", folder / "progress.json"}  # seen through Mountpoint on the base machine
         for path in sorted(folder.rglob("*")):
             if path.is_file() and not path.is_symlink() and path not in seen and path not in ours:
                 file = OutputFile("", "files", path.name, path.parent.relative_to(root).as_posix(), "output")
-                outputs.append({**file._asdict(), "node_id": None, "s3_key": self.upload(job_id, path, "output")})
-        return outputs, missing
+                found.append((file._asdict() | {"node_id": None}, path))
+
+        def upload(output: dict[str, Any], path: Path) -> dict[str, Any]:
+            return {**output, "s3_key": self.upload(job_id, path, output["type"])}
+
+        if len(found) == 1:  # as mostly
+            return [upload(*found[0])], missing
+        return list(self.uploads.map(upload, *zip(*found, strict=True))) if found else [], missing
 
     def local_path(self, file: OutputFile) -> Path | None:
         """Where ComfyUI put the file; None for a place outside its folders."""
@@ -583,13 +818,12 @@ class Worker:
             key = f"output/{relative}" if own else f"output/{job_id}/{relative}"
         if self.settings.env != "base" or self.object_size(key) != path.stat().st_size:
             content_type = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
-            self.s3.upload_file(
-                str(path),
-                self.settings.s3_bucket,
-                key,
-                ExtraArgs={"ContentType": content_type},
-                Callback=lambda _: self.should_stop(),  # a long upload turns too
-            )
+            if path.stat().st_size > PART_BYTES:
+                extra = {"ContentType": content_type}
+                self.s3.upload_file(str(path), self.settings.s3_bucket, key, ExtraArgs=extra)
+            else:  # without the threads that upload_file starts
+                with path.open("rb") as file:
+                    self.s3.put_object(Bucket=self.settings.s3_bucket, Key=key, Body=file, ContentType=content_type)
         return key
 
     def object_size(self, key: str) -> int | None:
@@ -605,12 +839,7 @@ class Worker:
         """Free the instance's disk of a job's files: they are in the bucket, or of no use."""
         if self.settings.env == "base":
             return  # there the output folder is the bucket itself
-        folder = self.settings.output_dir / job_id
-        for path in sorted(folder.rglob("*"), reverse=True):
-            with suppress(OSError):
-                path.rmdir() if path.is_dir() else path.unlink()
-        with suppress(OSError):
-            folder.rmdir()
+        remove_folder(self.settings.output_dir / job_id)
 
     def stored_result(self, job_id: str) -> Result | None:
         """The job's result.json, None while it has none."""
@@ -689,25 +918,63 @@ class Worker:
     # --- The instance ------------------------------------------------------------------------------------
 
     def comfyui_answers(self) -> bool:
-        """Whether ComfyUI answers, waiting for it as long as a poll takes: without it nothing is taken."""
+        """Whether ComfyUI answers, waiting for it as long as a poll takes: without it nothing is taken.
+
+        Until its first answer it may take any time, because models may have to be copied.
+        """
         limit = time.monotonic() + POLL_S
         while not self.comfy.is_ready():
-            if self.is_leaving() or time.monotonic() > limit:
+            if self.should_stop() or self.is_leaving() or time.monotonic() > limit:
+                if self.answered_at is None:
+                    logger.info("Waiting for ComfyUI on %s", self.settings.comfy_address)
+                    return False
                 gone_s = time.monotonic() - self.answered_at
                 logger.warning("ComfyUI has not answered on %s for %.0f s", self.settings.comfy_address, gone_s)
                 if gone_s > self.settings.stall_timeout_s:
-                    self.comfy_failures += 1
-                    self.restart_comfyui()
+                    self.note_comfy_failure(time.monotonic())
+                    self.restart_comfyui(time.monotonic())
                 return False
-            self.stop.wait(0.2)
+            self.stop.wait(0.1)
         self.answered_at = time.monotonic()
-        return True
+        if not self.warmed_up:
+            self.warm_up()
+        return not self.is_leaving()
 
-    def restart_comfyui(self) -> None:
-        """Kill ComfyUI, so that systemd starts it and all that belongs to it anew, and give it as long again to come up.
+    def warm_up(self) -> None:
+        """Run WARMUP_WORKFLOW once, so that the first job does not pay for loading the models."""
+        self.warmed_up = True
+        path = self.settings.warmup_workflow
+        assert path is not None
+        job_id, began = new_job_id(), time.monotonic()
+        try:
+            workflow = own_outputs(check_workflow(json.loads(path.read_bytes())), job_id)
+            finished = self.comfy.run(
+                workflow,
+                job_id,
+                timeout_s=self.settings.job_timeout_s,
+                stall_s=self.settings.stall_timeout_s,
+                should_stop=lambda: self.should_stop() or self.is_leaving(),
+            )
+            error = error_of(finished.entry)
+            if error is not None:
+                raise InvalidWorkflowError(error["message"])
+            logger.info("Warmed up with %s in %.1f s", path, time.monotonic() - began)
+        except JobStoppedError:
+            logger.info("Not warmed up: this worker stops")
+        except Exception as error:
+            logger.warning("Cannot warm up with WARMUP_WORKFLOW=%s, so the first job takes longer: %s", path, error)
+        remove_folder(self.settings.output_dir / job_id)
+
+    def restart_comfyui(self, since: float) -> None:
+        """Kill ComfyUI, unless it was done after `since`; systemd starts it and all that belongs to it anew.
 
         By its pid, because that needs no sudo; and at once, because one that hangs has nothing to put in order.
+        It is given as long again to come up.
         """
+        with self.turn:
+            if self.restarted_at > since:
+                return
+            self.restarted_at = time.monotonic()
         logger.warning("Restarting ComfyUI")
         command = ["systemctl", "show", "--property=MainPID", "--value", "comfyui.service"]
         try:
@@ -718,7 +985,7 @@ class Worker:
                 os.kill(pid, signal.SIGKILL)
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             logger.error("Cannot restart ComfyUI: %s", error)
-        self.answered_at = time.monotonic()
+        self.restarted_at = self.answered_at = time.monotonic()
 
     def await_free_executor(self, job_id: str) -> None:
         """Restart ComfyUI if it does not let go of an interrupted job: the next would wait behind it."""
@@ -726,7 +993,7 @@ class Worker:
         try:
             while self.comfy.place(job_id) is not None and not self.should_stop():
                 if time.monotonic() > limit:
-                    self.restart_comfyui()
+                    self.restart_comfyui(limit)
                     return
                 time.sleep(0.2)
         except ComfyGoneError as error:
@@ -782,13 +1049,30 @@ class Worker:
         self.next_look = now + min(pace_s, max(1.0, self.settings.scale_cooldown_s / 4))
         depth = self.depth()
         self.history.add(now, depth)
+        self.note_waiting(depth)
         return depth
+
+    def glance(self) -> None:
+        """See whether more messages wait, so that they are fetched ahead; nothing else is decided by it."""
+        try:
+            self.note_waiting(self.depth())
+        except Exception as error:
+            logger.info("Nothing is fetched ahead for now: %s", explain(error))
+
+    def note_waiting(self, depth: QueueDepth) -> None:
+        """Take in how many messages wait."""
+        with self.turn:
+            self.waiting, self.glance_due = depth.visible, False
+            self.turn.notify_all()
 
     def raise_capacity(self) -> None:
         """Raise the group to what the queue calls for. A failed read means no action."""
-        running_s = time.monotonic() - self.running_since if self.running_since is not None else 0.0
         try:
             depth = self.look()
+            jobs = long_jobs(self.history, depth, self.running_s())
+            # What was fetched ahead waits as well, only not on the queue.
+            ahead = max(0, min(self.taken - len(self.running), depth.in_flight))
+            depth = QueueDepth(depth.visible + ahead, depth.in_flight - ahead)
             if self.drain.is_set() and self.leases:
                 # What it still finishes is no job for the others.
                 depth = depth._replace(in_flight=max(0, depth.in_flight - len(self.leases)))
@@ -799,7 +1083,7 @@ class Worker:
                 self.settings.asg_name,
                 depth,
                 self.settings.backlogsize_per_instance,
-                long_jobs(self.history, depth, running_s),
+                jobs,
             )
         except Exception as error:
             logger.warning("Capacity is left as it is: %s", explain(error))
@@ -809,6 +1093,9 @@ class Worker:
             logger.info("There is no group %s: scaling is off", self.settings.asg_name)
         if capacity is None:
             return
+        self.note_group(capacity.group)
+        self.others = max(0, capacity.after - 1)
+        self.consider_replacement(depth)
         if capacity.after > capacity.before:
             logger.info("Adjusted ASG capacity to %d", capacity.after)
         self.say_what_is_missing(capacity)
@@ -833,8 +1120,9 @@ class Worker:
         if not self.in_group or self.leases or not is_due:
             return
         depth = self.look()
-        if self.group is None or now > self.group_read_at + GROUP_AGE_S:
+        if self.group is None or now > self.group_read_at + GROUP_AGE_S or self.replacement.is_asked:
             self.read_group()
+        self.consider_replacement(depth)
         if not self.is_superfluous(depth):
             return
         self.read_group()  # what is decided is decided on how the group stands now
@@ -845,8 +1133,37 @@ class Worker:
 
     def read_group(self) -> None:
         """Ask how the group stands."""
-        self.group = read_group(self.autoscaling, self.settings.asg_name)
+        self.note_group(read_group(self.autoscaling, self.settings.asg_name))
+
+    def note_group(self, group: Group | None) -> None:
+        """Remember how the group stood."""
+        self.group = group
         self.group_read_at = time.monotonic()
+
+    def consider_replacement(self, depth: QueueDepth) -> None:
+        """Where this instance was launched from a template version that counts no more, have it replaced."""
+        group = self.group
+        if group is None or self.is_leaving():
+            return
+        step = self.replacement.step(group, self.instance_id, depth, time.monotonic())
+        if step != "launch":
+            return
+        logger.info("This instance is outdated: another is started in its place, and then it leaves")
+        try:
+            self.autoscaling.set_desired_capacity(
+                AutoScalingGroupName=self.settings.asg_name, DesiredCapacity=group.desired + 1, HonorCooldown=False
+            )
+        except Exception as error:
+            self.replacement.forget()
+            logger.warning("No other instance is started in its place: %s", explain(error))
+
+    def leave_to_replacement(self) -> None:
+        """Leave the group to the instance that was started in this one's place. No job is in hand that has not run."""
+        try:
+            logger.info("Outdated: leaves the group")
+            self.leave_group(decrement=self.replacement.decrement)
+        finally:
+            self.replacement.forget()
 
     def is_superfluous(self, depth: QueueDepth) -> bool:
         """Whether the group can do without this idle instance, as it was when it was read."""
@@ -902,6 +1219,7 @@ class Worker:
             logger.exception("before_exit failed")
         # A message that came after the last receive would find nobody, and nobody would be started.
         self.raise_capacity()
+        self.publish_metrics(last=True)
         self.complete_lifecycle()
         self.upload_logs()
         while not self.stop.wait(1):
@@ -929,15 +1247,34 @@ class Worker:
                 return
 
     def upload_logs(self) -> None:
-        """Store this instance's logs under output/<instance_id>/."""
+        """Store this instance's logs, those that have changed, under output/<instance_id>/."""
         for path in sorted((self.settings.comfy_home / "logs").glob("*")):
             key = f"output/{self.instance_id}/{path.name}"
             try:
-                if path.is_file():
+                state = path.stat()
+                stamp = (state.st_size, state.st_mtime_ns)
+                if path.is_file() and self.logs_stored.get(path.name) != stamp:
                     extra = {"ContentType": "text/plain; charset=utf-8"}
                     self.s3.upload_file(str(path), self.settings.s3_bucket, key, ExtraArgs=extra)
+                    self.logs_stored[path.name] = stamp
             except Exception as error:
                 logger.warning("Cannot store the log %s: %s", path.name, explain(error))
+
+    def publish_metrics(self, *, last: bool = False) -> None:
+        """Send the figures that are due to CloudWatch, from the instances of a group only: they cost money."""
+        figures = self.metrics.due(time.monotonic(), last=last) if self.in_group else []
+        if not figures:
+            return
+        try:
+            if self.cloudwatch is None:
+                self.cloudwatch = aws_client("cloudwatch", self.settings.region)
+            namespace = f"{self.settings.prefix}/{self.settings.env}"
+            self.cloudwatch.put_metric_data(Namespace=namespace, MetricData=figures)
+            self.metrics.sent(len(figures))
+        except Exception as error:
+            if not self.metrics_failed:
+                self.metrics_failed = True
+                logger.warning("Cannot publish figures, which is not said again: %s", explain(error))
 
 
 # --- Scaling ---------------------------------------------------------------------------------------------
@@ -945,6 +1282,8 @@ class Worker:
 
 LOOK_S = 30
 """How often, on average, a worker with a job looks at the queue; one without looks after every second poll."""
+GLANCE_S = 1
+"""How often at most it asks besides whether more wait, when one came although none was known to."""
 LONG_JOB_S = 300
 """A job that runs for so long occupies its worker: longer than another instance takes to come."""
 ALL_LONG_S = 600
@@ -953,6 +1292,76 @@ UTILISATION = 0.9
 """How busy the fleet that stays may be; the rest takes up what comes unevenly."""
 TURN_S = 15
 """So long it is the turn of the same instances to leave."""
+
+
+AHEAD_LIMIT_S = 60
+"""Behind a job that takes longer none is fetched ahead: little would be gained, and it might wait for long."""
+FETCH_S = 0.2
+"""So long it takes to fetch a job, with AWS far away."""
+READY_S = 150
+"""So long an instance in service still boots before it takes its first job."""
+
+
+def may_fetch_ahead(*, waiting: int, others: int, in_hand: int, last_run_s: float | None, running_s: float) -> bool:
+    """Whether a worker takes another job that has `in_hand` already, of which one runs or is about to.
+
+    Only while so many wait that each of the `others`, idle, booting or about to be free, still finds as many as this
+    worker would then have before it; so that nobody could have started it sooner. Only behind short jobs, as the last
+    one was and the one that runs still is, and no more than run in the time it takes to fetch one.
+    """
+    if last_run_s is None or max(last_run_s, running_s) > AHEAD_LIMIT_S:
+        return False
+    enough = min(LANES, 2 + int(FETCH_S / max(last_run_s, 0.001)))
+    return in_hand < enough and waiting > in_hand * others
+
+
+class Replacement:
+    """How an instance that was launched from an old template version has itself replaced, one at a time."""
+
+    def __init__(self) -> None:
+        self.is_due = False  # it leaves once it has no job in hand that has not run
+        self.decrement = False
+        self.is_asked = False
+        self._known: frozenset[str] = frozenset()  # those that were up to date when another was asked for
+        self._came_at: float | None = None
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self.is_due = self.is_asked = False
+        self._came_at = None
+
+    def step(self, group: Group, me: str, depth: QueueDepth, now: float) -> str:
+        """Take in how the group stands and return what is to be done: "launch" another, or "" for nothing."""
+        current = frozenset(group.in_service) - frozenset(group.outdated)
+        has_come = self.is_asked and bool(current - self._known)
+        self._came_at = (self._came_at or now) if has_come else None
+        is_ready = self._came_at is not None and now - self._came_at >= READY_S
+        step = replacement_step(group, me, depth, has_come=has_come, is_ready=is_ready)
+        if step == "launch":
+            self.is_asked, self._known = True, current
+        self.is_due = step in ("leave", "swap")
+        self.decrement = step == "leave"
+        return step if step == "launch" else ""
+
+
+def replacement_step(group: Group, me: str, depth: QueueDepth, *, has_come: bool, is_ready: bool) -> str:
+    """What an instance does about being outdated: "launch" another first, "leave", "swap", or "" for nothing.
+
+    It leaves where nobody needs it, or when the one it asked for `has_come` and `is_ready`. One at a time: the first
+    of the outdated, and only when all instances that are wanted are in service. Where the group is at its maximum
+    none can be launched first: it swaps, which means that AWS launches the other while it goes.
+    """
+    if me not in group.outdated:
+        return ""
+    if depth == (0, 0) and max(group.desired, len(group.in_service)) > group.min_size:
+        return "leave"
+    if has_come:
+        return "leave" if is_ready else ""
+    if me != min(group.outdated) or group.desired > len(group.in_service):
+        return ""
+    if group.desired < group.max_size:
+        return "launch"
+    return "swap"
 
 
 class QueueHistory:
@@ -1056,6 +1465,8 @@ class Lease:
         self.receipt: str = message["ReceiptHandle"]
         self.attempt = int(message["Attributes"]["ApproximateReceiveCount"])
         self.sent_at = datetime.fromtimestamp(int(message["Attributes"]["SentTimestamp"]) / 1000, UTC)  # SQS's clock
+        self.job_id = ""
+        self.stored = False  # the job's result is
         self.lost = False  # the message is no longer ours: another worker has it, or soon will
         self._sqs = sqs
         self._queue_url = queue_url
@@ -1098,6 +1509,113 @@ LEASE_LOST_CODES = (
 )
 
 
+BOOT_AGE_S = 60
+"""Older figures of a boot are another start's."""
+METRIC_S = 60
+METRIC_IDLE_MINUTES = 5
+METRICS_KEPT = 150
+"""So many figures wait at most where CloudWatch cannot be reached; it takes 1000 in a call."""
+VALUES_KEPT = 150
+"""CloudWatch takes so many different values of a figure."""
+
+
+class Metrics:
+    """What the worker did, as CloudWatch takes it: a set of figures each minute."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._minute_began = self._ticked_at = time.monotonic()
+        self._busy_s = 0.0
+        self._counts = {"JobsSucceeded": 0, "JobsFailed": 0}
+        self._seconds: dict[str, Counter[float]] = {"WaitSeconds": Counter(), "RunSeconds": Counter()}
+        self._waiting: deque[dict[str, Any]] = deque(maxlen=METRICS_KEPT)
+        self._minutes = 0  # that are in those
+        self._was_busy = False  # in one of them
+
+    def add_job(self, result: Result) -> None:
+        """Count a job that has its receipt."""
+        with self._lock:
+            self._counts["JobsFailed" if result["error"] else "JobsSucceeded"] += 1
+            for name, key in (("WaitSeconds", "wait_s"), ("RunSeconds", "run_s")):
+                values, value = self._seconds[name], float(result["timings"][key])
+                # Tenths, or seconds where too many differ.
+                value = round(value, 1 if len(values) < VALUES_KEPT / 2 else 0)
+                if value in values or len(values) < VALUES_KEPT:
+                    values[value] += 1
+
+    def add_boot(self, path: Path) -> None:
+        """Take in the seconds of each phase of the boot, where it was just now."""
+        try:
+            if time.time() - path.stat().st_mtime > BOOT_AGE_S:
+                return
+            phases = json.loads(path.read_text())["phases"]
+            figures = [
+                {
+                    "MetricName": "BootSeconds",
+                    "Dimensions": [{"Name": "Phase", "Value": str(phase)}],
+                    "Timestamp": datetime.now(UTC),
+                    "Unit": "Seconds",
+                    "Value": float(seconds),
+                }
+                for phase, seconds in phases.items()
+            ]
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            logger.warning("Cannot read %s: %r", path, error)
+            return
+        with self._lock:
+            self._waiting.extend(figures)
+            self._was_busy = bool(figures)
+
+    def tick(self, now: float, *, busy: bool) -> None:
+        """Called several times a second: measures how busy the GPU is, and ends a minute."""
+        with self._lock:
+            self._busy_s += (now - self._ticked_at) * busy
+            self._ticked_at = now
+            if now - self._minute_began >= METRIC_S:
+                self._end_minute(now)
+
+    def _end_minute(self, now: float) -> None:
+        share = min(100.0, 100 * self._busy_s / max(0.001, now - self._minute_began))
+        figures: list[dict[str, Any]] = [{"MetricName": "BusyShare", "Unit": "Percent", "Value": round(share, 1)}]
+        figures += [
+            {"MetricName": name, "Unit": "Count", "Value": float(count)}
+            for name, count in self._counts.items()
+            if count
+        ]
+        figures += [
+            {"MetricName": name, "Unit": "Seconds", "Values": list(values), "Counts": [*map(float, values.values())]}
+            for name, values in self._seconds.items()
+            if values
+        ]
+        self._waiting.extend(figure | {"Timestamp": datetime.now(UTC)} for figure in figures)
+        self._minutes += 1
+        self._was_busy = self._was_busy or len(figures) > 1 or share > 0
+        self._minute_began, self._busy_s = now, 0.0
+        self._counts = dict.fromkeys(self._counts, 0)
+        self._seconds = {name: Counter() for name in self._seconds}
+
+    def due(self, now: float, *, last: bool) -> list[dict[str, Any]]:
+        """The figures to send now: each minute's, those of an idle worker five minutes at once, all at the end.
+
+        They wait until `sent` is told of them, and are due again a minute later.
+        """
+        with self._lock:
+            if last:
+                self._end_minute(now)
+            elif self._minutes < (1 if self._was_busy else METRIC_IDLE_MINUTES):
+                return []
+            self._minutes, self._was_busy = 0, False
+            return list(self._waiting)
+
+    def sent(self, count: int) -> None:
+        """The first `count` figures are in CloudWatch."""
+        with self._lock:
+            for _ in range(min(count, len(self._waiting))):
+                self._waiting.popleft()
+
+
 class Progress:
     """How far a job is, from ComfyUI's events."""
 
@@ -1105,13 +1623,16 @@ class Progress:
         self.workflow = workflow
         self.job_id = job_id
         self.instance_id = instance_id
+        self.started_at: datetime | None = None
         self._state: dict[str, Any] = {}
         self._reported: dict[str, Any] = {}
 
     def note(self, event: dict[str, Any]) -> None:
-        """Take in an `executing`, `progress` or `progress_state` event."""
+        """Take in an `execution_start`, `executing`, `progress` or `progress_state` event."""
         data = event["data"]
-        if event["type"] == "progress_state":
+        if event["type"] == "execution_start":
+            self.started_at = self.started_at or datetime.now(UTC)
+        elif event["type"] == "progress_state":
             done = sum(node.get("state") == "finished" for node in data.get("nodes", {}).values())
             self._state = {**self._state, "nodes_done": done}
         elif data.get("node") is not None:
@@ -1188,6 +1709,15 @@ def refuse_link_local(url: str) -> None:
         mapped = getattr(ip, "ipv4_mapped", None) or ip
         if mapped.is_link_local or mapped == ipaddress.ip_address("fd00:ec2::254"):
             raise ValueError(f"{parts.hostname} is a link-local address: callbacks never go there")
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder as far as that is possible."""
+    for path in sorted(folder.rglob("*"), reverse=True):
+        with suppress(OSError):
+            path.rmdir() if path.is_dir() else path.unlink()
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def result_key(job_id: str) -> str:

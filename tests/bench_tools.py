@@ -7,16 +7,18 @@ import socket
 import statistics
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from urllib.parse import urlsplit
 
 
 @contextmanager
-def at_distance(endpoint: str, round_trip_s: float) -> Iterator[str]:
+def at_distance(
+    endpoint: str, round_trip_s: float, on_data: Callable[[bytes], object] = lambda _: None
+) -> Iterator[str]:
     """The address of a proxy in front of `endpoint` through which every request takes so much longer.
 
-    Requests on different connections do not wait for each other, as on a real line.
+    Requests on different connections do not wait for each other, as on a real line. `on_data` sees what is asked.
     """
     target = urlsplit(endpoint)
     server = socket.create_server(("127.0.0.1", 0), backlog=100)
@@ -31,7 +33,7 @@ def at_distance(endpoint: str, round_trip_s: float) -> Iterator[str]:
             far = socket.create_connection((target.hostname or "", target.port or 80))
             for one in (near, far):
                 one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            pump(near, far, round_trip_s)
+            pump(near, far, round_trip_s, on_data)
             pump(far, near, 0.0)
 
     threading.Thread(target=serve, daemon=True).start()
@@ -42,7 +44,9 @@ def at_distance(endpoint: str, round_trip_s: float) -> Iterator[str]:
         server.close()
 
 
-def pump(source: socket.socket, sink: socket.socket, delay_s: float) -> None:
+def pump(
+    source: socket.socket, sink: socket.socket, delay_s: float, on_data: Callable[[bytes], object] = lambda _: None
+) -> None:
     """Pass on what comes, each piece `delay_s` after it came, until the source closes."""
     pieces: queue.Queue[tuple[float, bytes]] = queue.Queue()
 
@@ -53,6 +57,7 @@ def pump(source: socket.socket, sink: socket.socket, delay_s: float) -> None:
                 data = source.recv(1 << 16)
             except OSError:
                 data = b""
+            on_data(data)
             pieces.put((time.monotonic() + delay_s, data))
 
     def write() -> None:

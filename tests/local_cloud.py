@@ -38,6 +38,7 @@ from xml.sax.saxutils import escape
 
 import aws_cli
 import boto3
+from moto.autoscaling.models import InstanceState
 from moto.backends import get_backend
 from moto.core.exceptions import ServiceException
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
@@ -320,6 +321,8 @@ class LocalCloud:
     def _launch(self, group: Any, count: int, cause: str, *, asked: bool) -> None:
         failure = self.launch_failure
         known = {state.instance_id for state in group.instance_states}
+        template = group.ec2_launch_template
+        version = str(template.get_version(group.launch_template_version).number) if template else None
         if failure is None:
             try:
                 group.replace_autoscaling_group_instances(count, group.get_propagated_tags())
@@ -332,6 +335,7 @@ class LocalCloud:
             return
         for state in group.instance_states:
             if state.instance_id not in known:
+                state.launched_version = version
                 self._launched_at[state.instance_id] = time.monotonic()
                 description = f"Launching a new EC2 instance: {state.instance_id}"
                 self.activities.append(Activity(group.name, group.arn, description, cause, "Successful"))
@@ -883,6 +887,18 @@ class Machine:
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 self.off.wait(pause_s)
+
+
+def version_at_launch(state: Any) -> dict[str, Any] | None:
+    """An instance's launch template as AWS shows it, with the version it came from. Moto shows today's default."""
+    template = state.auto_scaling_group.ec2_launch_template
+    version = getattr(state, "launched_version", None)
+    if template is None or version is None:
+        return None
+    return {"LaunchTemplateId": template.id, "LaunchTemplateName": template.name, "Version": version}
+
+
+InstanceState.launch_template = property(version_at_launch)  # type: ignore[assignment,method-assign]
 
 
 def metadata_handler(machine: Machine) -> type[BaseHTTPRequestHandler]:

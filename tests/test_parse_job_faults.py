@@ -412,12 +412,14 @@ def test_systemd_hears_that_the_worker_lives_until_its_lane_hangs(
         systemd.settimeout(LIMIT_S)
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
         hang = threading.Event()
-        lane = threading.Thread(target=hang.wait, daemon=True)
-        lane.start()
-        watch = threading.Thread(target=worker.watch, args=(lane,), daemon=True)
+        lanes = [threading.Thread(target=hang.wait, name=name, daemon=True) for name in ("one", "other")]
+        worker.turned_at = {lane.name: time.monotonic() for lane in lanes}
+        for lane in lanes:
+            lane.start()
+        watch = threading.Thread(target=worker.watch, args=(lanes,), daemon=True)
         watch.start()
         assert systemd.recv(100) == b"WATCHDOG=1"
-        worker.turned_at = time.monotonic() - parse_job.TURN_LIMIT_S - 1
+        worker.turned_at["other"] -= parse_job.TURN_LIMIT_S + 1
         systemd.settimeout(2)
         await_that("it hears no more", lambda: not _hears(systemd))
         hang.set()
