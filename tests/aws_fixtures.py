@@ -63,17 +63,25 @@ def make_images_take_time() -> None:
     from moto.autoscaling.responses import AutoScalingResponse
     from moto.ec2.exceptions import EC2ClientError
     from moto.ec2.models import EC2Backend
+    from moto.ec2.models.elastic_block_store import Snapshot
 
     create_image, describe_images = EC2Backend.create_image, EC2Backend.describe_images
     create_group = AutoScalingResponse.create_auto_scaling_group
+    modify_template = EC2Backend.modify_launch_template
 
     @functools.wraps(create_image)
     def create_image_pending(self: Any, instance_id: str, *args: Any, **kwargs: Any) -> Any:
         image: Any = create_image(self, instance_id, *args, **kwargs)
         tags = {tag["key"]: tag["value"] for tag in self.get_instance(instance_id).get_tags()}
-        image.looks = int(tags.get(LOOKS_TAG, "0"))
-        image.state = "pending" if image.looks else "available"
+        image.all_looks = image.looks = int(tags.get(LOOKS_TAG, "0"))
+        show_progress(image)
         return image
+
+    def show_progress(image: Any) -> None:
+        share = 100 * (image.all_looks - image.looks) // image.all_looks if image.looks > 0 else 100
+        image.state = "pending" if image.looks > 0 else "available"
+        image.ebs_snapshot.status = "pending" if image.looks > 0 else "completed"
+        image.ebs_snapshot.share = f"{share}%"
 
     @functools.wraps(describe_images)
     def describe_images_as_they_end(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -81,7 +89,7 @@ def make_images_take_time() -> None:
         for image in images:
             if image.state == "pending":
                 image.looks -= 1
-                image.state = "pending" if image.looks > 0 else "available"
+                show_progress(image)
         return images
 
     @functools.wraps(create_group)
@@ -96,10 +104,20 @@ def make_images_take_time() -> None:
             raise EC2ClientError("ValidationError", f"The image id '[{version.image_id}]' is not available")
         return create_group(self)
 
+    @functools.wraps(modify_template)
+    def modify_template_of_ready_image(self: Any, *, template_name: str, default_version: str, **kwargs: Any) -> Any:
+        # AWS does not look, but launches would fail until the image is ready.
+        version = self.get_launch_template_by_name(template_name).get_version(default_version)
+        if self.amis[version.image_id].state != "available":
+            raise EC2ClientError("ImageNotReady", f"the image {version.image_id} is not available")
+        return modify_template(self, template_name=template_name, default_version=default_version, **kwargs)
+
     for owner, name, function in (
         (EC2Backend, "create_image", create_image_pending),
         (EC2Backend, "describe_images", describe_images_as_they_end),
         (AutoScalingResponse, "create_auto_scaling_group", create_group_of_ready_image),
+        (EC2Backend, "modify_launch_template", modify_template_of_ready_image),
+        (Snapshot, "progress", property(lambda snapshot: getattr(snapshot, "share", "100%"))),
     ):
         setattr(owner, name, function)
 
@@ -168,6 +186,12 @@ class Aws:
             for i, zone in enumerate("aab")
         )
         self.open_to_internet(vpc, public, region)
+        ec2.create_vpc_endpoint(
+            VpcId=vpc,
+            VpcEndpointType="Gateway",
+            ServiceName=f"com.amazonaws.{region}.s3",
+            RouteTableIds=self.tables(vpc, region),
+        )
         group = ec2.create_security_group(GroupName="comfy", Description="comfy", VpcId=vpc)["GroupId"]
         iam.create_instance_profile(InstanceProfileName="comfy")
         ec2.create_key_pair(KeyName="operator")
@@ -195,6 +219,11 @@ class Aws:
         table = ec2.create_route_table(VpcId=vpc)["RouteTable"]["RouteTableId"]
         ec2.create_route(RouteTableId=table, DestinationCidrBlock="0.0.0.0/0", GatewayId=gateway)
         ec2.associate_route_table(RouteTableId=table, SubnetId=subnet)
+
+    def tables(self, vpc: str, region: str = REGION) -> list[str]:
+        """The route tables of a VPC."""
+        tables = self.client("ec2", region).describe_route_tables(Filters=[{"Name": "vpc-id", "Values": [vpc]}])
+        return [table["RouteTableId"] for table in tables["RouteTables"]]
 
     def make_bucket(
         self, name: str, region: str = REGION, *, tag: str = "", files: tuple[str, ...] | None = None
