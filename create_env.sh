@@ -765,8 +765,10 @@ wait_for_image() {
 }
 
 # settle_images KEEP: what remains to be done when the fleet has moved. Old images are removed where KEEP is a number.
+# The marks come last: until then a run that is stopped is gone on with, and not begun anew.
 settle_images() {
   local keep=$1 id
+  [[ -z $keep ]] || remove_old_images "$keep"
   for id in "${IMAGES[@]}"; do
     case ${MARK_OF[$id]}:$id in
       coming:"$IMAGE") mark_image "$id" used ;;
@@ -774,7 +776,6 @@ settle_images() {
       leaving:*) mark_image "$id" left ;;
     esac
   done
-  [[ -z $keep ]] || remove_old_images "$keep"
 }
 
 # remove_old_images KEEP: all but the one in use, one that --rebake goes on with, the latest KEEP that --rollback can

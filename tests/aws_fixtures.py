@@ -9,10 +9,12 @@ that it can be reset for every test and no other test shares its state.
 from __future__ import annotations
 
 import functools
+import json
 import os
 import pty
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -290,6 +292,21 @@ class Aws:
         return {key: value for key, value in found.items() if value}
 
 
+def shape(found: Any) -> str:
+    """All of it but what differs from run to run: ids, times, digests and the order of lists."""
+
+    def in_order(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: in_order(value[key]) for key in sorted(value)}
+        return sorted(map(in_order, value), key=str) if isinstance(value, list) else value
+
+    text = re.sub(r"\b([a-z]+)-[0-9a-f]{17}\b", r"\1-id", json.dumps(found, default=str))
+    text = re.sub(r"\b[0-9a-f]{8}-[0-9a-f-]{27}\b|\b[0-9a-f]{16}\b", "digest", text)
+    text = re.sub(r"\b20\d\d-?\d\d-?\d\d[T ][0-9:.]+(Z|[+]00:00)?|\b[0-9]{10}\b", "time", text)
+    text = re.sub(r"(subnet-id,?)+", "subnets", text)
+    return json.dumps(in_order(json.loads(text)), indent=1)
+
+
 def mine_by_name(name: str) -> list[dict[str, Any]]:
     return [{"Name": "launch-template-name", "Values": [f"simple-comfy-{name}-asg-template"]}]
 
@@ -338,6 +355,7 @@ class Bundle:
             text=True,
             timeout=CALL_LIMIT_S,
             check=False,
+            start_new_session=True,  # so that run_killed ends the script and nothing else
         )
 
     def run_on_terminal(self, *command: str, answer: str, **environment: str) -> tuple[int, str]:
@@ -382,6 +400,31 @@ exec '{TESTS}/bin/aws' "$@"
         )
         stub.chmod(0o755)
         return f"{folder}:{self.aws.environment()['PATH']}"
+
+    def run_killed(self, *command: str, after: int | str, **environment: str) -> int | None:
+        """Run a script that is killed, with all it started, after so many AWS calls or after the first with these words.
+
+        Returns None when it was, else how many calls it made until it ended by itself.
+        """
+        folder = self.folder.parent / "killing"
+        folder.mkdir(exist_ok=True)
+        calls = folder / "calls"
+        calls.write_text("")
+        condition = f"$(wc -l <'{calls}') -eq {after}" if isinstance(after, int) else f'" $* " == *" {after} "*'
+        stub = folder / "aws"
+        stub.write_text(
+            f"""#!/usr/bin/env bash
+'{TESTS}/bin/aws' "$@"
+code=$?
+echo >>'{calls}'
+[[ {condition} ]] && kill -KILL 0
+exit $code
+"""
+        )
+        stub.chmod(0o755)
+        ran = self.run(*command, PATH=f"{folder}:{self.aws.environment()['PATH']}", **environment)
+        assert ran.returncode in (0, -signal.SIGKILL), ran.stderr
+        return calls.read_text().count("\n") if ran.returncode == 0 else None
 
 
 @pytest.fixture(scope="session")
