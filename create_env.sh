@@ -3,13 +3,28 @@
 # Makes an environment from the base machine, or brings one up to date: image, launch template,
 # Auto Scaling group, alarm, bucket, queues, and a role for its instances.
 #
-# Usage: ./create_env.sh NAME [INSTANCE_ID] [--reboot] [--with-output]
+# Usage: ./create_env.sh base [--move-data [--yes]] [--dry-run]
+#        ./create_env.sh NAME [INSTANCE_ID] [--rebake | --rollback] [--keep N] [--reboot]
+#                        [--with-output] [--wait] [--dry-run]
 #        ./create_env.sh --print-policy worker|sender|operator [NAME]
+#
+#   base           prepare the base machine itself: its bucket and queues
+#   --move-data    run there: move ComfyUI's models/, input/ and output/ to the bucket, and put links
+#                  into the mounted bucket in their place
+#   --yes          then remove the folders that were moved from the disk, without a question
 #
 #   NAME           the environment: lowercase letters, digits and hyphens, such as pro
 #   INSTANCE_ID    the base machine; needed only where this is not run on the base machine itself
+#   --rebake       make a new image of the base machine and move the fleet to it when it is available;
+#                  an instance is replaced when it has no job
+#   --rollback     move the fleet back to the image before
+#   --keep N       remove images that are no longer used, all but the latest N, which are kept for
+#                  --rollback (default: 1 with --rebake, else nothing is removed)
 #   --reboot       reboot the base machine for an image that is consistent to the last byte
 #   --with-output  copy the base bucket's output/ as well
+#   --wait         wait until the image is available, so that the fleet can start
+#
+#   --dry-run      say what would be made, changed or removed, and do nothing of it
 #   --print-policy print the IAM policy, as small as AWS allows, of an instance, of who sends jobs, or of
 #                  who runs this script and delete_env.sh; without NAME for the ENV in the settings
 #
@@ -17,8 +32,8 @@
 #
 # The settings are read from the file env beside this script. Running it again is safe: what is
 # there stays, changed settings are applied, an interrupted run is completed, and files that are new
-# or changed in the base bucket are copied; nothing is ever deleted. An image that the environment
-# has is used again.
+# or changed in the base bucket are copied; no file is ever deleted in a bucket. The image that the
+# environment uses stays in use until --rebake or --rollback.
 set -euo pipefail
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
@@ -38,11 +53,32 @@ QUEUE_WAIT_SECONDS=${QUEUE_WAIT_SECONDS:-90}
 PROFILE_WAIT_SECONDS=${PROFILE_WAIT_SECONDS:-120}
 POLL_SECONDS=${POLL_SECONDS:-10}
 
-DRY_RUN=no # --dry-run: yes
+DRY_RUN=no  # --dry-run: yes
+PROBLEMS=() # what the checks have found
 
+# die SENTENCE: after the problems found so far.
 die() {
-  printf '%s: %s\n' "${0##*/}" "$*" >&2
+  problem "$*"
+  die_of_problems
+}
+
+# problem SENTENCE: what would surely fail. The checks go on, so that all problems are told together.
+problem() {
+  PROBLEMS+=("$*")
+}
+
+die_of_problems() {
+  local sentence
+  ((${#PROBLEMS[@]})) || return 0
+  for sentence in "${PROBLEMS[@]}"; do
+    printf '%s: %s\n' "${0##*/}" "$sentence" >&2
+  done
   exit 1
+}
+
+# warn SENTENCE: what somebody may have good reasons for.
+warn() {
+  printf '%s: warning: %s\n' "${0##*/}" "$*" >&2
 }
 
 # usage: the comment at the top of the script that was started.
@@ -136,15 +172,16 @@ choose_env() {
   fi
 
   [[ $PREFIX =~ ^[a-z0-9]([a-z0-9-]*[a-z0-9])?$ ]] \
-    || die "PREFIX is '$PREFIX': use lowercase letters, digits and hyphens in $HERE/env"
+    || problem "PREFIX is '$PREFIX': use lowercase letters, digits and hyphens in $HERE/env"
   ((${#S3_BUCKET} <= 63)) \
-    || die "the bucket's name '$S3_BUCKET' has ${#S3_BUCKET} characters and S3 allows 63: choose a shorter name than '$name'"
+    || problem "the bucket's name '$S3_BUCKET' has ${#S3_BUCKET} characters and S3 allows 63: choose a shorter name than '$name'"
   [[ $S3_BUCKET =~ ^[a-z0-9][a-z0-9.-]+[a-z0-9]$ ]] \
-    || die "S3_BUCKET is '$S3_BUCKET': use 3 to 63 lowercase letters, digits, dots and hyphens in $HERE/env"
+    || problem "S3_BUCKET is '$S3_BUCKET': use 3 to 63 lowercase letters, digits, dots and hyphens in $HERE/env"
   [[ $SQS_NAME =~ ^[A-Za-z0-9_-]{1,76}$ ]] \
-    || die "SQS_NAME is '$SQS_NAME': use at most 76 letters, digits, hyphens and underscores in $HERE/env"
+    || problem "SQS_NAME is '$SQS_NAME': use at most 76 letters, digits, hyphens and underscores in $HERE/env"
   [[ $ASG_NAME =~ ^[A-Za-z0-9_-]{1,100}$ ]] \
-    || die "ASG_NAME is '$ASG_NAME': use at most 100 letters, digits, hyphens and underscores in $HERE/env"
+    || problem "ASG_NAME is '$ASG_NAME': use at most 100 letters, digits, hyphens and underscores in $HERE/env"
+  die_of_problems
 
   DLQ_NAME=$SQS_NAME-dlq
   TEMPLATE_NAME=$ASG_NAME-template
@@ -156,27 +193,33 @@ choose_env() {
   export AWS_DEFAULT_REGION=$REGION AWS_REGION=$REGION AWS_RETRY_MODE=standard AWS_PAGER=""
 }
 
-# check_number NAME LEAST MOST: refuses a setting that is not a whole number in that range.
+# check_number NAME LEAST MOST: a setting is a whole number in that range.
 check_number() {
   local name=$1 least=$2 most=$3
   if [[ ! ${!name} =~ ^(0|[1-9][0-9]{0,8})$ ]] || ((${!name} < least || ${!name} > most)); then
-    die "$name is '${!name}': set it in $HERE/env to a whole number from $least to $most"
+    problem "$name is '${!name}': set it in $HERE/env to a whole number from $least to $most"
   fi
 }
 
-check_fleet_settings() {
-  check_number MAX_INSTANCES 1 10000
-  check_number MIN_INSTANCES 0 "$MAX_INSTANCES"
+check_queue_settings() {
   check_number VISIBILITY_TIMEOUT 3 43200
   check_number MAX_RECEIVES 1 1000
+}
+
+check_fleet_settings() {
+  local most=10000
+  check_number MAX_INSTANCES 1 "$most"
+  ((${#PROBLEMS[@]})) || most=$MAX_INSTANCES
+  check_number MIN_INSTANCES 0 "$most"
+  check_number WARM_POOL 0 "$most"
   check_number SPOT_PERCENT 0 100
-  check_number WARM_POOL 0 "$MAX_INSTANCES"
-  ((WARM_POOL == 0 || SPOT_PERCENT == 0)) \
-    || die "WARM_POOL is $WARM_POOL and SPOT_PERCENT is $SPOT_PERCENT, but AWS keeps no Spot instances in a warm pool: set one of them in $HERE/env to 0"
+  check_queue_settings
+  [[ $WARM_POOL == 0 || $SPOT_PERCENT == 0 ]] \
+    || problem "WARM_POOL is $WARM_POOL and SPOT_PERCENT is $SPOT_PERCENT, but AWS keeps no Spot instances in a warm pool: set one of them in $HERE/env to 0"
   choose_types
   check_profile
   [[ $COMFY_HOME == /* ]] \
-    || die "COMFY_HOME is '$COMFY_HOME': set it in $HERE/env to a folder on the base machine, starting with /"
+    || problem "COMFY_HOME is '$COMFY_HOME': set it in $HERE/env to a folder on the base machine, starting with /"
 }
 
 check_profile() {
@@ -191,17 +234,17 @@ choose_types() {
   local type pattern='^[a-z0-9-]+\.[a-z0-9-]+$'
   local -A seen=()
   [[ $INSTANCE_TYPE =~ $pattern ]] \
-    || die "INSTANCE_TYPE is '$INSTANCE_TYPE': set it in $HERE/env to an EC2 instance type, such as g5.2xlarge"
+    || problem "INSTANCE_TYPE is '$INSTANCE_TYPE': set it in $HERE/env to an EC2 instance type, such as g5.2xlarge"
   read -r -a TYPES <<<"$INSTANCE_TYPES"
   ((${#TYPES[@]} <= 40)) \
-    || die "INSTANCE_TYPES has ${#TYPES[@]} types and AWS allows 40: take some out in $HERE/env"
+    || problem "INSTANCE_TYPES has ${#TYPES[@]} types and AWS allows 40: take some out in $HERE/env"
   for type in "${TYPES[@]}"; do
     [[ $type =~ $pattern ]] \
-      || die "INSTANCE_TYPES has '$type': set it in $HERE/env to EC2 instance types, such as \"g5.2xlarge g6.2xlarge\""
-    [[ ! -v seen[$type] ]] || die "INSTANCE_TYPES has $type twice: take one out in $HERE/env"
+      || problem "INSTANCE_TYPES has '$type': set it in $HERE/env to EC2 instance types, such as \"g5.2xlarge g6.2xlarge\""
+    [[ ! -v seen[$type] ]] || problem "INSTANCE_TYPES has $type twice: take one out in $HERE/env"
     seen[$type]=yes
   done
-  if ((${#TYPES[@]} == 0 && SPOT_PERCENT > 0)); then
+  if ((${#TYPES[@]} == 0)) && [[ $SPOT_PERCENT != 0 ]]; then
     TYPES=("$INSTANCE_TYPE")
   fi
 }
@@ -223,6 +266,15 @@ ask_aws() {
   local what=$1
   shift
   aws "$@" || die "cannot $what: see AWS's words above"
+}
+
+# try_aws WHAT ARG...: prints the answer of a call that only checks. A refusal is a warning, and fails.
+try_aws() {
+  local what=$1
+  shift
+  aws "$@" && return
+  warn "cannot $what, see AWS's words above, so that is not checked"
+  return 1
 }
 
 one_line() {
@@ -260,67 +312,190 @@ find_instance_id() {
   printf '%s' "${answer##*$'\n'}"
 }
 
-# inspect_base INSTANCE_ID: sets VPC, SECURITY_GROUPS, KEY_NAME and DEVICES (None where the base has
-# none).
+# inspect_base INSTANCE_ID: sets VPC (empty where there is no such machine), SECURITY_GROUPS, KEY_NAME and
+# DEVICES (None where the base has none), and ARCHITECTURE.
 inspect_base() {
-  local id=$1 answer state
-  [[ $id =~ ^i-([0-9a-f]{8}|[0-9a-f]{17})$ ]] \
-    || die "'$id' is not an instance id: it looks like i-0123456789abcdef0"
+  local id=$1 answer state platform
+  VPC=""
+  if [[ ! $id =~ ^i-([0-9a-f]{8}|[0-9a-f]{17})$ ]]; then
+    problem "'$id' is not an instance id: it looks like i-0123456789abcdef0"
+    return
+  fi
   # By a filter, not by --instance-ids: an unknown id is then an empty answer and not an error.
   answer=$(ask_aws "look at the base machine $id" ec2 describe-instances \
     --filters "Name=instance-id,Values=$id" \
-    --query "Reservations[0].Instances[0].[State.Name, VpcId, KeyName,
+    --query "Reservations[0].Instances[0].[State.Name, VpcId, KeyName, Platform, Architecture,
       join(' ', SecurityGroups[].GroupId) || 'None', join(' ', BlockDeviceMappings[].DeviceName) || 'None']" \
     --output text)
-  IFS=$'\t' read -r state VPC KEY_NAME SECURITY_GROUPS DEVICES <<<"$answer"
-  [[ $state != None ]] \
-    || die "there is no instance $id in $REGION: give the id of the base machine, and check REGION in $HERE/env"
+  IFS=$'\t' read -r state VPC KEY_NAME platform ARCHITECTURE SECURITY_GROUPS DEVICES <<<"$answer"
+  if [[ $state == None ]]; then
+    VPC=""
+    problem "there is no instance $id in $REGION: give the id of the base machine, and check REGION in $HERE/env"
+    return
+  fi
   [[ $state == running || $state == stopped ]] \
-    || die "the instance $id is $state: an image can be made of it when it is running or stopped"
+    || problem "the instance $id is $state: an image can be made of it when it is running or stopped"
+  [[ $platform == None ]] \
+    || problem "the instance $id runs $platform: the base machine is one with Ubuntu"
 }
 
-# choose_subnets: sets SUBNETS, comma-separated, and SUBNETS_ARE. A subnet is private when its route
-# table, which is the VPC's main one where it has none of its own, has no route to an internet gateway.
+# check_here: what can be seen where this runs on the base machine itself.
+check_here() {
+  local file
+  grep -qsE '^ID(_LIKE)?=.*(ubuntu|debian)' /etc/os-release \
+    || warn "this machine does not run Ubuntu, for which the services and their instructions are made"
+  for file in env start_service.sh parse_job.py ComfyUI/main.py; do
+    [[ -f $COMFY_HOME/$file ]] \
+      || problem "there is no $COMFY_HOME/$file, so no instance of the fleet could work: put it there, or correct COMFY_HOME in $HERE/env"
+  done
+  python3 -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=5)' \
+    "http://${COMFY_ADDRESS:-127.0.0.1:8188}/system_stats" 2>/dev/null \
+    || warn "ComfyUI does not answer on ${COMFY_ADDRESS:-127.0.0.1:8188}: see that it works here before the fleet does as it does (journalctl -u comfyui)"
+}
+
+# choose_subnets: sets SUBNETS and ZONES, comma-separated, SUBNETS_ARE and, of private subnets, ROUTE_TABLES. A
+# subnet is private when its route table, which is the VPC's main one where it has none of its own, has no route
+# to an internet gateway.
 choose_subnets() {
-  local answer subnets tables gateway members subnet
-  local -A gateway_of=()
-  local -a private=()
+  local answer tables gateway table members subnet zone
+  local -A gateway_of=() table_of=() zones=() used=()
+  local -a all=() private=()
   answer=$(ask_aws "list the subnets of $VPC" ec2 describe-subnets \
     --filters "Name=vpc-id,Values=$VPC" Name=state,Values=available \
-    --query 'sort(Subnets[].SubnetId)' --output text)
-  read -r -a subnets <<<"$answer"
-  ((${#subnets[@]})) || die "the base machine's VPC $VPC has no subnet that is available: make one for the fleet"
-  # One line for each table: the internet gateway or None, then the subnets that use it.
+    --query 'sort_by(Subnets, &SubnetId)[].[SubnetId, AvailabilityZone]' --output text)
+  # One line for each table: the internet gateway or None, the table, then the subnets that use it.
   tables=$(ask_aws "list the route tables of $VPC" ec2 describe-route-tables \
     --filters "Name=vpc-id,Values=$VPC" \
-    --query "RouteTables[].[Routes[?starts_with(not_null(GatewayId, ''), 'igw-')].GatewayId | [0],
+    --query "RouteTables[].[Routes[?starts_with(not_null(GatewayId, ''), 'igw-')].GatewayId | [0], RouteTableId,
       join(' ', Associations[?SubnetId || Main].not_null(SubnetId, 'main'))]" \
     --output text)
-  while IFS=$'\t' read -r gateway members; do
+  while IFS=$'\t' read -r gateway table members; do
     for subnet in $members; do
-      gateway_of[$subnet]=$gateway
+      gateway_of[$subnet]=$gateway table_of[$subnet]=$table
     done
   done <<<"$tables"
-  for subnet in "${subnets[@]}"; do
-    [[ ${gateway_of[$subnet]:-${gateway_of[main]:-None}} == igw-* ]] || private+=("$subnet")
-  done
+  while read -r subnet zone; do
+    [[ -n $subnet ]] || continue
+    all+=("$subnet") zones[$zone]=yes
+    [[ ${gateway_of[$subnet]:-${gateway_of[main]:-None}} != igw-* ]] || continue
+    private+=("$subnet") used[${table_of[$subnet]:-${table_of[main]}}]=yes
+  done <<<"$answer"
+  ((${#all[@]})) || problem "the base machine's VPC $VPC has no subnet that is available: make one for the fleet"
+  ROUTE_TABLES="${!used[*]}"
   SUBNETS_ARE=private
   if ((${#private[@]} == 0)); then
     SUBNETS_ARE="no subnet is private, so all are used"
-    private=("${subnets[@]}")
+    private=("${all[@]}")
   fi
-  SUBNETS=$(
-    IFS=,
-    printf '%s' "${private[*]}"
-  )
+  SUBNETS=$(listed "${private[@]}")
+  ZONES=$(listed "${!zones[@]}")
+}
+
+# listed WORD...: with commas between them.
+listed() {
+  local IFS=,
+  printf '%s' "$*"
+}
+
+# check_endpoint: the way to S3 that costs nothing. From a public subnet it is free without.
+check_endpoint() {
+  local answer table
+  local -a without=()
+  answer=$(try_aws "look at the endpoints of $VPC" ec2 describe-vpc-endpoints \
+    --filters "Name=vpc-id,Values=$VPC" Name=vpc-endpoint-type,Values=Gateway \
+    --query "VpcEndpoints[?ends_with(ServiceName, '.s3')].RouteTableIds[]" --output text) || return 0
+  for table in $ROUTE_TABLES; do
+    [[ $answer == *"$table"* ]] || without+=("$table")
+  done
+  ((${#without[@]} == 0)) \
+    || warn "the fleet's subnets have no gateway endpoint for S3, so every model is paid for at the NAT gateway: aws ec2 create-vpc-endpoint --region $REGION --vpc-id $VPC --service-name com.amazonaws.$REGION.s3 --route-table-ids ${without[*]}"
+}
+
+# check_types: that the fleet's types are to be had where the subnets are, and fit the base machine.
+check_types() {
+  local type answer offered vcpus architectures
+  local -a wanted=("${TYPES[@]:-$INSTANCE_TYPE}") missing=()
+  local -A vcpus_of=()
+  offered=$(try_aws "list the instance types of $ZONES" ec2 describe-instance-type-offerings \
+    --location-type availability-zone \
+    --filters "Name=instance-type,Values=$(listed "${wanted[@]}")" "Name=location,Values=$ZONES" \
+    --query 'InstanceTypeOfferings[].InstanceType' --output text) || return 0
+  for type in "${wanted[@]}"; do
+    [[ $offered =~ (^|[[:space:]])$type($|[[:space:]]) ]] || missing+=("$type")
+  done
+  if ((${#missing[@]} == ${#wanted[@]})); then
+    problem "AWS has no ${missing[*]} in $ZONES, where the subnets are: choose another INSTANCE_TYPE in $HERE/env, or make a subnet in another zone"
+  elif ((${#missing[@]})); then
+    warn "AWS has no ${missing[*]} in $ZONES, where the subnets are: only the other types of INSTANCE_TYPES are used"
+  fi
+  # By a filter, because an unknown type is an error otherwise.
+  answer=$(try_aws "look at the instance types" ec2 describe-instance-types \
+    --filters "Name=instance-type,Values=$(listed "${wanted[@]}")" \
+    --query "InstanceTypes[].[InstanceType, VCpuInfo.DefaultVCpus, join(' ', ProcessorInfo.SupportedArchitectures)]" \
+    --output text) || return 0
+  while IFS=$'\t' read -r type vcpus architectures; do
+    vcpus_of[${type:-none}]=$vcpus
+    [[ -z $type || $ARCHITECTURE == None || " $architectures " == *" $ARCHITECTURE "* ]] \
+      || problem "$type does not run the base machine's $ARCHITECTURE: choose another instance type in $HERE/env"
+  done <<<"$answer"
+  type=${wanted[0]}
+  [[ $MAX_INSTANCES$SPOT_PERCENT =~ ^[0-9]+$ && -n ${vcpus_of[$type]:-} ]] || return 0
+  check_quota "$type" on-demand $(((MAX_INSTANCES * (100 - SPOT_PERCENT) + 99) / 100)) "${vcpus_of[$type]}"
+  check_quota "$type" spot $(((MAX_INSTANCES * SPOT_PERCENT + 99) / 100)) "${vcpus_of[$type]}"
+}
+
+# check_quota TYPE on-demand|spot COUNT VCPUS: that the account may run so many, each with so many vCPUs.
+check_quota() {
+  local type=$1 kind=$2 count=$3 vcpus=$4 code="" quota
+  ((count)) || return 0
+  case $kind:${type%%[0-9]*}:$type in
+    on-demand:g:* | on-demand:gr:* | on-demand:vt:*) code=L-DB2E81BA ;;
+    spot:g:* | spot:gr:* | spot:vt:*) code=L-3819A6DF ;;
+    on-demand:p:*) code=L-417A185B ;;
+    spot:p:p[234]*) code=L-7212CCBC ;;
+    on-demand:[acdhimrtz]:*) code=L-1216C47A ;;
+    spot:[acdhimrtz]:*) code=L-34B43A08 ;;
+  esac
+  if [[ -z $code ]]; then
+    warn "whether the account may run $count $type ($kind) is not checked: see Service Quotas, Amazon EC2"
+    return
+  fi
+  quota=$(try_aws "look at the quota $code" service-quotas get-service-quota --service-code ec2 --quota-code "$code" \
+    --region "$REGION" --query Quota.Value --output text) || return 0
+  quota=${quota%.*}
+  ((count * vcpus <= quota)) \
+    || warn "MAX_INSTANCES is $MAX_INSTANCES, but the account may run only $((quota / vcpus)) $type ($kind) at a time, because its quota is $quota vCPUs: aws service-quotas request-service-quota-increase --region $REGION --service-code ec2 --quota-code $code --desired-value $((count * vcpus))"
 }
 
 check_base_bucket() {
   local answer
   answer=$(aws s3api head-bucket --bucket "$BASE_S3_BUCKET" --expected-bucket-owner "$ACCOUNT_ID" 2>&1) && return
-  [[ $answer == *"(404)"* ]] \
-    || die "cannot read the base machine's bucket $BASE_S3_BUCKET, see S3_BUCKET in $HERE/env:$(one_line "$answer")"
-  die "the base machine's bucket $BASE_S3_BUCKET does not exist: set up the base machine first, and check S3_BUCKET in $HERE/env"
+  if [[ $answer == *"(404)"* ]]; then
+    problem "the base machine's bucket $BASE_S3_BUCKET does not exist: run ./create_env.sh base first, and check S3_BUCKET in $HERE/env"
+  else
+    problem "cannot read the base machine's bucket $BASE_S3_BUCKET, see S3_BUCKET in $HERE/env:$(one_line "$answer")"
+  fi
+}
+
+# check_everything ID: all that can be known before anything is made.
+check_everything() {
+  local id=$1
+  check_fleet_settings
+  check_account
+  if [[ -z $id ]]; then
+    id=$(find_instance_id)
+    check_here
+  fi
+  BASE_ID=$id
+  inspect_base "$BASE_ID"
+  if [[ -n $VPC ]]; then
+    choose_subnets
+    check_endpoint
+    check_types
+  fi
+  check_base_bucket
+  choose_image
+  die_of_problems
 }
 
 # --- Queues ----------------------------------------------------------------------------------
@@ -398,6 +573,7 @@ queue_is_as_wanted() {
 # create_queue NAME ATTRIBUTES: AWS refuses a name for 60 seconds after its queue was deleted.
 create_queue() {
   local name=$1 attributes=$2 answer deadline=$((SECONDS + QUEUE_WAIT_SECONDS)) said=no
+  [[ $DRY_RUN == no ]] || return 0
   until answer=$(aws sqs create-queue --queue-name "$name" --attributes "$attributes" \
     --tags "comfy-env=$ENV,comfy-prefix=$PREFIX,Name=$name" 2>&1); do
     [[ $answer == *QueueDeletedRecently* ]] || die "cannot create the queue $name:$(one_line "$answer")"
@@ -411,10 +587,9 @@ create_queue() {
 
 # --- Bucket ----------------------------------------------------------------------------------
 
-# ensure_bucket WITH_OUTPUT
 ensure_bucket() {
-  local with_output=$1 owner copied state="already there"
-  local -a location=() exclude=(--exclude "input/jobs/*")
+  local owner state="already there"
+  local -a location=()
   OURS=yes CHANGED=no
   owner=$(bucket_owner)
   if [[ $owner == gone ]]; then
@@ -430,13 +605,28 @@ ensure_bucket() {
     [[ $CHANGED == no || $state == created ]] || state=updated
   fi
   report bucket "$S3_BUCKET" "$state"
+  BUCKET_STATE=$state
+}
 
-  # input/jobs/ holds the base's own queued jobs.
+# copy_files WITH_OUTPUT: what is new or changed in the base bucket.
+copy_files() {
+  local with_output=$1 copied
+  local -a exclude=(--exclude "input/jobs/*") how=(sync) # input/jobs/ holds the base's own queued jobs
   [[ $with_output == yes ]] || exclude+=(--exclude "output/*")
   report files "s3://$BASE_S3_BUCKET" "copying what is new ..."
+  if [[ $DRY_RUN == yes ]]; then
+    how=(sync --dryrun)
+    # sync would look into the bucket that is not there yet.
+    [[ $BUCKET_STATE != created ]] || how=(cp --recursive --dryrun)
+  fi
   copied=$(ask_aws "copy s3://$BASE_S3_BUCKET to s3://$S3_BUCKET (run this again: what was copied stays)" \
-    s3 sync "s3://$BASE_S3_BUCKET" "s3://$S3_BUCKET" --no-progress "${exclude[@]}")
-  report files "s3://$S3_BUCKET" "$(sed -n '/^copy: /p' <<<"$copied" | wc -l) copied"
+    s3 "${how[@]}" "s3://$BASE_S3_BUCKET" "s3://$S3_BUCKET" --no-progress "${exclude[@]}")
+  copied=$(grep -cE '^(\(dryrun\) )?copy: ' <<<"$copied") || copied=0
+  if ((copied)); then
+    report files "s3://$S3_BUCKET" "copied: $copied files"
+  else
+    report files "s3://$S3_BUCKET" "already there"
+  fi
 }
 
 # claim_bucket OWNER: the tag says that delete_env.sh may remove the bucket, so one that was made
@@ -727,19 +917,79 @@ ask_iam() {
 
 # --- Image -----------------------------------------------------------------------------------
 
-# ensure_image INSTANCE_ID REBOOT: sets IMAGE and IMAGE_STATE. The image is begun here and ends by
-# itself; the group does not need it before its first instance.
-ensure_image() {
-  local id=$1 reboot=$2 answer name device tags
-  local -a devices=()
+# The image that the launch template's default version names is the one in use. An image's tag comfy-image says
+# what a run is doing to it, so that the next one can go on where it was stopped: `coming` while --rebake moves the
+# fleet to it, then `used`; `leaving` while --rollback moves the fleet away from it, then `left`.
+
+# find_images: sets IN_USE (None without one), IMAGES, the oldest first, and STATE_OF, MARK_OF, SNAPSHOTS_OF each.
+find_images() {
+  local answer id state mark snapshots
+  IMAGES=()
+  declare -gA STATE_OF=() MARK_OF=() SNAPSHOTS_OF=()
   answer=$(ask_aws "list the images of $ENV" ec2 describe-images --owners self \
-    --filters "Name=tag:comfy-env,Values=$ENV" "Name=tag:comfy-prefix,Values=$PREFIX" Name=state,Values=pending,available \
-    --query 'sort_by(Images, &CreationDate)[-1].[ImageId, State]' --output text)
-  read -r IMAGE IMAGE_STATE <<<"$answer"
-  if [[ $IMAGE != None ]]; then
-    report image "$IMAGE" "already there ($IMAGE_STATE)"
-    return
+    --filters "Name=tag:comfy-env,Values=$ENV" "Name=tag:comfy-prefix,Values=$PREFIX" \
+    --query "sort_by(Images, &CreationDate)[].[ImageId, State, Tags[?Key=='comfy-image'].Value | [0],
+      join(' ', (BlockDeviceMappings || \`[]\`)[?Ebs.SnapshotId].Ebs.SnapshotId)]" \
+    --output text)
+  while IFS=$'\t' read -r id state mark snapshots; do
+    [[ -n $id ]] || continue
+    IMAGES+=("$id")
+    STATE_OF[$id]=$state MARK_OF[$id]=$mark SNAPSHOTS_OF[$id]=$snapshots
+  done <<<"$answer"
+  if ! IN_USE=$(aws ec2 describe-launch-template-versions --launch-template-name "$TEMPLATE_NAME" \
+    --versions "\$Default" --query 'LaunchTemplateVersions[0].LaunchTemplateData.ImageId' --output text 2>&1); then
+    [[ $IN_USE == *NotFound* ]] || die "cannot look at the launch template $TEMPLATE_NAME:$(one_line "$IN_USE")"
+    IN_USE=None
   fi
+}
+
+# choose_image: sets IMAGE, empty where one is to be made, and IMAGE_STATE, and for --rollback ROLLED_BACK, the image
+# to move away from.
+choose_image() {
+  local id state mark
+  find_images
+  IMAGE="" ROLLED_BACK=$IN_USE
+  for id in "${IMAGES[@]}"; do
+    [[ ${MARK_OF[$id]} != leaving ]] || ROLLED_BACK=$id
+  done
+  for id in "${IMAGES[@]}"; do
+    state=${STATE_OF[$id]} mark=${MARK_OF[$id]}
+    if [[ $ACTION == rollback ]]; then
+      [[ $id != "$ROLLED_BACK" ]] || break
+      [[ $state/$mark != available/@(None|used) ]] || IMAGE=$id
+    elif [[ $state == @(pending|available) && ($mark == coming || $ACTION/$mark == update/@(None|used)) ]]; then
+      IMAGE=$id # of a run that was stopped
+    fi
+  done
+  if [[ $ACTION == update && -v STATE_OF[$IN_USE] ]]; then
+    IMAGE=$IN_USE
+  fi
+  [[ $ACTION != rollback || -n $IMAGE ]] \
+    || problem "there is no earlier image of $ENV to go back to: --rebake --keep N keeps more of them"
+  IMAGE_STATE=${STATE_OF[${IMAGE:-none}]:-pending}
+}
+
+# ensure_image REBOOT: a new image is begun here and ends by itself; a group does not need it before its first
+# instance.
+ensure_image() {
+  local reboot=$1 id
+  if [[ -z $IMAGE ]]; then
+    make_image "$reboot"
+  else
+    report image "$IMAGE" "already there ($IMAGE_STATE)"
+  fi
+  if [[ $ACTION == rollback ]]; then
+    mark_image "$ROLLED_BACK" leaving
+  fi
+  for id in "${IMAGES[@]}"; do
+    [[ $ACTION/${MARK_OF[$id]} != update/coming || $id == "$IMAGE" ]] \
+      || report image "$id" "waits for the --rebake that was stopped: run it again"
+  done
+}
+
+make_image() {
+  local reboot=$1 name device tags image_tags
+  local -a devices=()
   name=$ASG_NAME-image-$(date -u +%Y%m%dT%H%M%SZ)
   # A volume that the base keeps when it ends must not outlive every fleet instance.
   if [[ $DEVICES != None ]]; then
@@ -748,37 +998,121 @@ ensure_image() {
       devices+=("DeviceName=$device,Ebs={DeleteOnTermination=true}")
     done
   fi
-  tags=$(tags_json "$ASG_NAME")
-  IMAGE=$(ask_aws "make an image of $id" ec2 create-image \
-    --instance-id "$id" \
-    --name "$name" \
-    --description "comfy-on-ec2: environment $ENV, made from $id" \
-    "--$reboot" \
-    "${devices[@]}" \
-    --tag-specifications "{\"ResourceType\":\"image\",\"Tags\":$tags}" "{\"ResourceType\":\"snapshot\",\"Tags\":$tags}" \
-    --query ImageId \
-    --output text)
-  IMAGE_STATE=pending
+  tags=$(tags_json "$ASG_NAME") image_tags=$tags
+  [[ $ACTION != rebake ]] || image_tags="[{\"Key\":\"comfy-image\",\"Value\":\"coming\"},${tags#[}"
+  IMAGE=ami-new IMAGE_STATE=pending
+  if [[ $DRY_RUN == no ]]; then
+    IMAGE=$(ask_aws "make an image of $BASE_ID" ec2 create-image \
+      --instance-id "$BASE_ID" \
+      --name "$name" \
+      --description "comfy-on-ec2: environment $ENV, made from $BASE_ID" \
+      "--$reboot" \
+      "${devices[@]}" \
+      --tag-specifications "{\"ResourceType\":\"image\",\"Tags\":$image_tags}" "{\"ResourceType\":\"snapshot\",\"Tags\":$tags}" \
+      --query ImageId \
+      --output text)
+  fi
+  IMAGES+=("$IMAGE")
+  STATE_OF[$IMAGE]=pending SNAPSHOTS_OF[$IMAGE]="" MARK_OF[$IMAGE]=None
+  [[ $ACTION != rebake ]] || MARK_OF[$IMAGE]=coming
   report image "$IMAGE" "started ($name)"
 }
 
-# look_at_image: sets IMAGE_STATE.
-look_at_image() {
-  IMAGE_STATE=$(ask_aws "look at the image $IMAGE" ec2 describe-images --image-ids "$IMAGE" \
-    --query 'Images[0].State' --output text)
+# mark_image IMAGE MARK
+mark_image() {
+  [[ -v MARK_OF[$1] && ${MARK_OF[$1]} != "$2" ]] || return 0
+  run_aws "mark the image $1" ec2 create-tags --resources "$1" --tags "Key=comfy-image,Value=$2"
+  MARK_OF[$1]=$2
 }
 
+look_at_image() {
+  local answer
+  answer=$(ask_aws "look at the image $IMAGE" ec2 describe-images --image-ids "$IMAGE" \
+    --query "Images[0].[State, join(' ', (BlockDeviceMappings || \`[]\`)[?Ebs.SnapshotId].Ebs.SnapshotId)]" --output text)
+  IFS=$'\t' read -r IMAGE_STATE "SNAPSHOTS_OF[$IMAGE]" <<<"$answer"
+  STATE_OF[$IMAGE]=$IMAGE_STATE
+}
+
+# wait_for_image: tells how far it is. Its snapshots are the environment's only ones that are not complete.
 wait_for_image() {
-  local deadline=$((SECONDS + IMAGE_WAIT_SECONDS))
+  local progress shown="" deadline=$((SECONDS + IMAGE_WAIT_SECONDS))
+  if [[ $DRY_RUN == yes ]]; then
+    IMAGE_STATE=available STATE_OF[$IMAGE]=available
+    return
+  fi
   look_at_image
-  [[ $IMAGE_STATE != pending ]] || report image "$IMAGE" "waiting until it can be used (some minutes) ..."
   while [[ $IMAGE_STATE == pending ]]; do
     ((SECONDS < deadline)) \
       || die "the image $IMAGE is still pending after $IMAGE_WAIT_SECONDS seconds: run this again later, it goes on by itself"
+    progress=$(ask_aws "look at the snapshots of $ENV" ec2 describe-snapshots --owner-ids self \
+      --filters "Name=tag:comfy-env,Values=$ENV" "Name=tag:comfy-prefix,Values=$PREFIX" Name=status,Values=pending \
+      --query "join(' ', Snapshots[].Progress)" --output text)
+    progress=${progress:-not known yet}
+    [[ $progress == "$shown" ]] || report image "$IMAGE" "waiting until it can be used, some minutes: $progress"
+    shown=$progress
     sleep "$POLL_SECONDS"
     look_at_image
   done
   [[ $IMAGE_STATE == available ]] || die "the image $IMAGE is $IMAGE_STATE: run this again to make another"
+}
+
+# settle_images KEEP: what remains to be done when the fleet has moved. Old images are removed where KEEP is a number.
+# The marks come last: until then a run that is stopped is gone on with, and not begun anew.
+settle_images() {
+  local keep=$1 id
+  [[ -z $keep ]] || remove_old_images "$keep"
+  for id in "${IMAGES[@]}"; do
+    case ${MARK_OF[$id]}:$id in
+      coming:"$IMAGE") mark_image "$id" used ;;
+      leaving:"$IMAGE") ;; # a --rollback that was stopped before it moved the fleet
+      leaving:*) mark_image "$id" left ;;
+    esac
+  done
+}
+
+# remove_old_images KEEP: all but the one in use, one that --rebake goes on with, the latest KEEP that --rollback can
+# go to, and those that an instance was started from.
+remove_old_images() {
+  local keep=$1 i id users kept=" "
+  ((${#IMAGES[@]})) || return 0
+  users=$(ask_aws "list the instances of $ENV" ec2 describe-instances \
+    --filters "Name=image-id,Values=$(listed "${IMAGES[@]}")" \
+    Name=instance-state-name,Values=pending,running,shutting-down,stopping,stopped \
+    --query 'Reservations[].Instances[].ImageId' --output text)
+  for ((i = ${#IMAGES[@]} - 1; i >= 0; i--)); do
+    id=${IMAGES[i]}
+    if [[ $id == "$IMAGE" || ${MARK_OF[$id]}/${STATE_OF[$id]} == coming/@(pending|available) ]]; then
+      kept+="${SNAPSHOTS_OF[$id]} "
+    elif [[ ${STATE_OF[$id]}/${MARK_OF[$id]} == available/@(None|used) ]] && ((keep > 0)); then
+      report image "$id" "kept for --rollback"
+      kept+="${SNAPSHOTS_OF[$id]} " keep=$((keep - 1))
+    elif [[ $users == *"$id"* ]]; then
+      report image "$id" "is used by an instance: --keep $1 removes it later"
+      kept+="${SNAPSHOTS_OF[$id]} "
+    else
+      run_aws "remove the image $id" ec2 deregister-image --image-id "$id"
+      report image "$id" removed
+    fi
+  done
+  remove_snapshots "$kept"
+}
+
+# remove_snapshots KEPT: those of our images that are not in the list, also where an earlier run was stopped before.
+remove_snapshots() {
+  local kept=$1 id answer
+  # An image that is being made may not tell its snapshots yet.
+  [[ " ${STATE_OF[*]} " != *" pending "* ]] || return 0
+  answer=$(ask_aws "list the snapshots of $ENV" ec2 describe-snapshots --owner-ids self \
+    --filters "Name=tag:comfy-env,Values=$ENV" "Name=tag:comfy-prefix,Values=$PREFIX" "Name=tag:Name,Values=$ASG_NAME" \
+    --query 'sort(Snapshots[].SnapshotId)' --output text)
+  for id in $answer; do
+    [[ $kept != *" $id "* ]] || continue
+    if [[ $DRY_RUN == yes ]] || aws ec2 delete-snapshot --snapshot-id "$id"; then
+      report snapshot "$id" removed
+    else
+      warn "the snapshot $id cannot be removed, see AWS's words above: is it part of another image?"
+    fi
+  done
 }
 
 # --- Launch template -------------------------------------------------------------------------
@@ -821,15 +1155,17 @@ template_data() {
   printf '%s' "$data"
 }
 
-# ensure_template: a version's description holds a digest of its data, which is how the next run
-# sees whether the settings have changed.
+# ensure_template: sets VERSION. A version's description holds a digest of its data, which is how the next run sees
+# whether the settings have changed. Going back to older data makes a new version too, so that a greater number is
+# always the later one.
 ensure_template() {
-  local data digest answer version is_default found="" description
+  local data digest answer number is_default label default=0 state="already there" description
   data=$(template_data)
   digest=$(sha256sum <<<"$data")
   description="comfy-on-ec2 $ENV ${digest:0:16}"
+  VERSION=""
   if ! answer=$(aws ec2 describe-launch-template-versions --launch-template-name "$TEMPLATE_NAME" \
-    --query "LaunchTemplateVersions[?VersionDescription=='$description'].[VersionNumber, DefaultVersion]" \
+    --query "sort_by(LaunchTemplateVersions, &VersionNumber)[].[VersionNumber, DefaultVersion, VersionDescription]" \
     --output text 2>&1); then
     [[ $answer == *NotFound* ]] || die "cannot look at the launch template $TEMPLATE_NAME:$(one_line "$answer")"
     run_aws "create the launch template $TEMPLATE_NAME" ec2 create-launch-template \
@@ -837,27 +1173,36 @@ ensure_template() {
       --version-description "$description" \
       --launch-template-data "$data" \
       --tag-specifications "{\"ResourceType\":\"launch-template\",\"Tags\":$(tags_json "$ASG_NAME")}"
+    VERSION=1
     report template "$TEMPLATE_NAME" created
     return
   fi
-  while read -r version is_default; do
-    case $is_default in
-      True) report template "$TEMPLATE_NAME" "already there" && return ;;
-      False) found=$version ;; # an earlier run was stopped right after it
-    esac
+  while IFS=$'\t' read -r number is_default label; do
+    [[ $is_default != True ]] || default=$number VERSION=""
+    [[ $label != "$description" ]] || VERSION=$number # the default, or of a run that was stopped right after it
   done <<<"$answer"
-  if [[ -z $found ]]; then
-    found=$(ask_aws "add a version to the launch template $TEMPLATE_NAME" ec2 create-launch-template-version \
+  if [[ $VERSION != "$default" ]]; then
+    # No launch may meet an image that is not ready.
+    [[ $IMAGE_STATE != pending ]] || wait_for_image
+    [[ -n $VERSION ]] || add_version "$description" "$data"
+    run_aws "make version $VERSION of the launch template $TEMPLATE_NAME its default" ec2 modify-launch-template \
       --launch-template-name "$TEMPLATE_NAME" \
-      --version-description "$description" \
-      --launch-template-data "$data" \
-      --query LaunchTemplateVersion.VersionNumber \
-      --output text)
+      --default-version "$VERSION"
+    state=updated
   fi
-  run_aws "make version $found of the launch template $TEMPLATE_NAME its default" ec2 modify-launch-template \
+  report template "$TEMPLATE_NAME" "$state"
+}
+
+# add_version DESCRIPTION DATA: sets VERSION.
+add_version() {
+  VERSION=new
+  [[ $DRY_RUN == no ]] || return 0
+  VERSION=$(ask_aws "add a version to the launch template $TEMPLATE_NAME" ec2 create-launch-template-version \
     --launch-template-name "$TEMPLATE_NAME" \
-    --default-version "$found"
-  report template "$TEMPLATE_NAME" "updated (version $found)"
+    --version-description "$1" \
+    --launch-template-data "$2" \
+    --query LaunchTemplateVersion.VersionNumber \
+    --output text)
 }
 
 # --- Group -----------------------------------------------------------------------------------
@@ -892,7 +1237,7 @@ choose_launch() {
 
 # ensure_group: sets INSTANCES, the capacity the group is to have now.
 ensure_group() {
-  local answer min max subnets launches protected suspended metric pool status state="already there" most=$MAX_INSTANCES
+  local answer min max subnets launches protected suspended metric pool version status state="already there" most=$MAX_INSTANCES
   choose_launch
   answer=$(ask_aws "look at the group $ASG_NAME" autoscaling describe-auto-scaling-groups \
     --auto-scaling-group-names "$ASG_NAME" \
@@ -907,12 +1252,12 @@ ensure_group() {
       EnabledMetrics[?Metric=='GroupDesiredCapacity'].Metric | [0],
       WarmPoolConfiguration && WarmPoolConfiguration.join(' ', [to_string(MinSize),
         to_string(MaxGroupPreparedCapacity), PoolState, not_null(Status, 'Kept')]),
-      Status]" \
+      Tags[?Key=='comfy-version'].Value | [0], Status]" \
     --output text)
-  IFS=$'\t' read -r min max INSTANCES subnets launches protected suspended metric pool status <<<"$answer"
+  IFS=$'\t' read -r min max INSTANCES subnets launches protected suspended metric pool version status <<<"$answer"
   if [[ $min == None ]]; then
     create_group
-    INSTANCES=$MIN_INSTANCES suspended=None metric=None pool=None state=created
+    INSTANCES=$MIN_INSTANCES suspended=None metric=None pool=None version=$VERSION state=created
   elif [[ $status == Delete* ]]; then
     die "the group $ASG_NAME is being deleted: wait until ./delete_env.sh $ENV has ended, then run this again"
   else
@@ -946,6 +1291,13 @@ ensure_group() {
       state=updated
     fi
   fi
+  # The worker of an instance with an older version leaves when it has no job. After the template, so that no instance
+  # ever looks older than what would replace it.
+  if [[ $version != "$VERSION" ]]; then
+    run_aws "set the version of the group $ASG_NAME" autoscaling create-or-update-tags --tags \
+      "ResourceId=$ASG_NAME,ResourceType=auto-scaling-group,Key=comfy-version,Value=$VERSION,PropagateAtLaunch=false"
+    state=updated
+  fi
   # Rebalancing zones would end a busy instance to start another elsewhere.
   if [[ $suspended == None ]]; then
     run_aws "suspend rebalancing in the group $ASG_NAME" autoscaling suspend-processes \
@@ -962,6 +1314,7 @@ ensure_group() {
     [[ $state == created ]] || state=updated
   fi
   report group "$ASG_NAME" "$state"
+  GROUP_STATE=$state
   ((WARM_POOL == 0)) || ensure_pool "$pool"
 }
 
@@ -1011,7 +1364,9 @@ create_group() {
     --tags
     "Key=comfy-env,Value=$ENV,PropagateAtLaunch=false"
     "Key=comfy-prefix,Value=$PREFIX,PropagateAtLaunch=false"
-    "Key=Name,Value=$ASG_NAME,PropagateAtLaunch=false")
+    "Key=Name,Value=$ASG_NAME,PropagateAtLaunch=false"
+    "Key=comfy-version,Value=$VERSION,PropagateAtLaunch=false")
+  [[ $DRY_RUN == no ]] || return 0
   ((MIN_INSTANCES == 0)) || wait_for_image
   # AWS tries the template first: it may not know a new instance profile for some seconds, and may
   # refuse an image that is not ready.
@@ -1061,6 +1416,11 @@ ensure_alarm() {
       $(alarm_metric desired AWS/AutoScaling GroupDesiredCapacity AutoScalingGroupName "$ASG_NAME"),
       {\"Id\": \"alone\", \"Label\": \"messages wait and no instance is wanted\", \"ReturnData\": true,
        \"Expression\": \"IF(visible > 0 AND desired < 1, 1, 0)\"}]")
+  # AWS refuses to look for the policies of a group that is not there.
+  if [[ $DRY_RUN == yes && $GROUP_STATE == created ]]; then
+    report alarm "$ALARM_NAME" created
+    return
+  fi
   arn=$(ask_aws "look at the scaling policy $ALARM_NAME" autoscaling describe-policies \
     --auto-scaling-group-name "$ASG_NAME" \
     --policy-names "$ALARM_NAME" \
@@ -1074,7 +1434,7 @@ ensure_alarm() {
     report alarm "$ALARM_NAME" "already there"
     return
   fi
-  arn=$(ask_aws "set the scaling policy $ALARM_NAME" autoscaling put-scaling-policy \
+  [[ $DRY_RUN == yes ]] || arn=$(ask_aws "set the scaling policy $ALARM_NAME" autoscaling put-scaling-policy \
     --auto-scaling-group-name "$ASG_NAME" \
     --policy-name "$ALARM_NAME" \
     "${policy[@]}" \
@@ -1097,9 +1457,160 @@ alarm_metric() {
     "Namespace": "%s", "MetricName": "%s", "Dimensions": [{"Name": "%s", "Value": "%s"}]}}}' "$@"
 }
 
-# --- Main ------------------------------------------------------------------------------------
+# --- The base machine's files ------------------------------------------------------------------
+
+# move_data YES: ComfyUI's models, input and output go to the bucket, and links into the mounted bucket take their
+# place, as start_service.sh makes them. A folder is only moved aside, to models.moved; that is removed when it was
+# compared with the bucket once more, and somebody said yes.
+move_data() {
+  local yes=$1 name folder moved
+  for name in models input output; do
+    folder=$COMFY_HOME/ComfyUI/$name moved=$COMFY_HOME/ComfyUI/$name.moved
+    [[ $DRY_RUN == no || -L $folder || ! -d $folder || -z $(ls -A "$folder") ]] || moved=$folder
+    move_folder "$name" "$folder"
+    if [[ -d $moved ]]; then
+      free_disk "$name" "$moved" "$yes"
+    elif [[ $DRY_RUN == no ]]; then
+      rm -f -- "$folder.copied"
+    fi
+  done
+}
+
+# move_folder NAME FOLDER
+move_folder() {
+  local name=$1 folder=$2
+  if [[ -L $folder ]]; then
+    report folder "$folder" "already there: a link to $(readlink "$folder")"
+    return
+  fi
+  if [[ -d $folder && -n $(ls -A "$folder") ]]; then
+    [[ ! -e $folder.moved ]] \
+      || die "$folder has files again, though it was moved to $folder.moved before: put the files of both into one of them, rename it to $name, and run this again"
+    check_files "$folder"
+    copy_folder "$name" "$folder"
+    [[ $DRY_RUN == yes ]] || mv --no-target-directory "$folder" "$folder.moved" \
+      || die "cannot move $folder aside, see above: its files are in the bucket and here"
+  fi
+  if [[ $DRY_RUN == no ]]; then
+    [[ ! -d $folder ]] || rmdir "$folder"
+    # A relative link stays right when the whole folder is moved or copied.
+    ln --symbolic --relative "$COMFY_HOME/s3/$name" "$folder"
+  fi
+  report folder "$folder" "replaced by a link to s3/$name"
+}
+
+# check_files FOLDER: that all in it can be read, and has a place in S3.
+check_files() {
+  local folder=$1 odd
+  # With -L a link counts as what it leads to, and as a link only where it leads nowhere.
+  odd=$(find -L "$folder" \( ! -type f ! -type d -o ! -readable -o -name $'*[\n\t]*' \) -print) \
+    || die "cannot read all of $folder: mend what is named above, and run this again"
+  [[ -z $odd ]] \
+    || die "these cannot be copied to S3, mend or remove them first (broken links, pipes, files that $(id -un) may not read, names with a tab or line break):$(one_line "$(head -n 5 <<<"$odd")")"
+}
+
+# copy_folder NAME FOLDER: to the bucket. Returns when every file is there with its size. The list FOLDER.copied holds
+# the files as they were before they were copied: what has changed since is copied again, in this run or in the next.
+copy_folder() {
+  local name=$1 folder=$2 list=$2.copied target=s3://$S3_BUCKET/$1 try changed path
+  local -a quietly=(--only-show-errors)
+  [[ ! -t 1 ]] || quietly=()
+  [[ -f $list ]] || refuse_conflicts "$name" "$folder"
+  report files "$folder" "copying what is new, of $(du -shL "$folder" | cut -f 1) ..."
+  if [[ $DRY_RUN == no ]]; then
+    if [[ ! -f $list ]]; then
+      list_files "$folder" >"$list.new"
+      mv "$list.new" "$list"
+    fi
+    # --size-only: nothing that has its size there is ever overwritten.
+    aws s3 sync --size-only "${quietly[@]}" "$folder" "$target" \
+      || die "cannot copy all of $folder to $target, see AWS's words above: nothing was removed, run this again"
+    for ((try = 1; ; try++)); do
+      list_files "$folder" >"$list.new"
+      changed=$(LC_ALL=C comm -13 "$list" "$list.new" | cut -f 2)
+      [[ -n $changed ]] || break
+      ((try <= 3)) \
+        || die "files in $folder change all the time: stop what writes there (sudo systemctl stop comfyui comfy-manage), and run this again"
+      while IFS= read -r path; do
+        [[ $path == */ ]] || run_aws "copy $folder/$path" s3 cp --only-show-errors "$folder/$path" "$target/$path"
+      done <<<"$changed"
+      mv "$list.new" "$list"
+    done
+    mv "$list.new" "$list"
+    while IFS= read -r path; do
+      run_aws "make the folder $target/$path" s3api put-object --bucket "$S3_BUCKET" --key "$name/$path"
+    done < <(cut -f 2 "$list" | grep '/$')
+    changed=$(missing_files "$name" "$list")
+    [[ -z $changed ]] \
+      || die "these files of $folder did not arrive in $target with their size, so nothing was removed, run this again:$(one_line "$(head -n 5 <<<"$changed")")"
+  fi
+  report files "$target" "copied: $(list_files "$folder" | wc -l) files, each there with its size"
+}
+
+# list_files FOLDER: size, path and time of change of every file, sorted; a folder with nothing in it ends in /.
+list_files() {
+  find -L "$1" -mindepth 1 \( -type f -printf '%s\t%P\t%T@\n' -o -type d -empty -printf '0\t%P/\t-\n' \) | LC_ALL=C sort
+}
+
+# bucket_files NAME: size and path of every file below NAME/ in the bucket, sorted.
+bucket_files() {
+  local answer
+  answer=$(ask_aws "list s3://$S3_BUCKET/$1" s3api list-objects-v2 --bucket "$S3_BUCKET" --prefix "$1/" \
+    --query 'Contents[].[Size, Key]' --output text) || exit
+  sed -n "s|^\([0-9]*\)\t$1/|\1\t|p" <<<"$answer" | LC_ALL=C sort
+}
+
+# missing_files NAME LIST: size and path of what the bucket has not, or not with this size.
+missing_files() {
+  LC_ALL=C comm -23 <(cut -f 1,2 "$2" | LC_ALL=C sort) <(bucket_files "$1")
+}
+
+# refuse_conflicts NAME FOLDER: before the first copy. Which of two files with one name is the right one, only their
+# owner knows.
+refuse_conflicts() {
+  local name=$1 folder=$2 there conflicts
+  [[ $BUCKET_STATE != created ]] || return 0
+  there=$(bucket_files "$name")
+  conflicts=$(awk -F '\t' 'NR == FNR { size[$2] = $1; next } $2 in size && size[$2] != $1 { print $2 }' \
+    <(list_files "$folder") - <<<"$there")
+  [[ -z $conflicts ]] \
+    || die "these files are in $folder and, with another size, in s3://$S3_BUCKET/$name: rename or remove one of each first:$(one_line "$(head -n 5 <<<"$conflicts")")"
+}
+
+# free_disk NAME MOVED YES: removes MOVED, if all that is in it was copied and is in the bucket still.
+free_disk() {
+  local name=$1 moved=$2 yes=$3 size answer="" list=$COMFY_HOME/ComfyUI/$1.copied
+  size=$(du -sh "$moved" | cut -f 1)
+  if [[ $DRY_RUN == no ]]; then
+    # Without empty folders, of which a removal that was stopped leaves some.
+    list_files "$moved" | sed $'/\\/\t-$/d' >"$list.new"
+    if [[ ! -f $list || -n $(LC_ALL=C comm -13 "$list" "$list.new") || -n $(missing_files "$name" "$list.new") ]]; then
+      rm "$list.new"
+      warn "$moved has files that are not in the bucket, or not as they are here: it is kept; copy what is worth it to s3://$S3_BUCKET/$name, then remove it yourself"
+      return
+    fi
+    rm "$list.new"
+    if [[ $yes == no && -t 0 ]]; then
+      printf 'All of %s is in the bucket. Remove it, which frees %s? Type yes: ' "$moved" "$size"
+      read -r answer || printf '\n'
+      [[ $answer != yes ]] || yes=yes
+    fi
+  fi
+  if [[ $yes == no ]]; then
+    report folder "$COMFY_HOME/ComfyUI/$name.moved" "kept, takes $size: run this again with --yes to remove it"
+    return
+  fi
+  [[ $DRY_RUN == yes ]] || rm --recursive --force --one-file-system -- "$moved" "$list"
+  report folder "$COMFY_HOME/ComfyUI/$name.moved" "removed, frees $size"
+}
+
+# --- Summary ---------------------------------------------------------------------------------
 
 summarise() {
+  [[ $DRY_RUN == no ]] || {
+    printf '\nThis is what would be done. Nothing was made, changed or removed (--dry-run).\n'
+    return
+  }
   printf '\nEnvironment %s is ready: %s wanted now, %s to %s %s as jobs come and go.\n' \
     "$ENV" "$(instances "$INSTANCES")" "$MIN_INSTANCES" "$MAX_INSTANCES" "$(either_type)"
   ((SPOT_PERCENT == 0)) || printf 'Spot instances are %s %% of them.\n' "$SPOT_PERCENT"
@@ -1112,7 +1623,24 @@ summarise() {
   fi
   [[ $IMAGE_STATE != pending ]] \
     || printf 'The image goes on by itself; jobs can be sent now and are run once it is available.\n'
+  show_links
   printf 'Next: ./send_job.py --env %s\n' "$ENV"
+}
+
+# show_links: where the environment is seen in the AWS console.
+show_links() {
+  local console=console.aws.amazon.com suffix=amazonaws.com
+  case $PARTITION in
+    aws-cn) console=console.amazonaws.cn suffix=amazonaws.com.cn ;;
+    aws-us-gov) console=console.amazonaws-us-gov.com ;;
+  esac
+  printf 'Files      https://%s/s3/buckets/%s?region=%s\n' "$console" "$S3_BUCKET" "$REGION"
+  printf 'Queue      https://%s/sqs/v3/home?region=%s#/queues/https%%3A%%2F%%2Fsqs.%s.%s%%2F%s%%2F%s\n' \
+    "$console" "$REGION" "$REGION" "$suffix" "$ACCOUNT_ID" "$SQS_NAME"
+  [[ $ENV != base ]] || return 0
+  printf 'Fleet      https://%s/ec2/home?region=%s#AutoScalingGroupDetails:id=%s;view=activity\n' \
+    "$console" "$REGION" "$ASG_NAME"
+  printf 'Dashboard  https://%s/cloudwatch/home?region=%s#dashboards/dashboard/%s\n' "$console" "$REGION" "$ASG_NAME"
 }
 
 # either_type: the types in the order in which they are tried.
@@ -1126,40 +1654,90 @@ instances() {
   if (($1 == 1)); then printf '1 instance'; else printf '%s instances' "$1"; fi
 }
 
-main() {
-  local name="" id="" reboot=no-reboot with_output=no
+# --- Main ------------------------------------------------------------------------------------
+
+# parse_arguments ARG...: sets NAME, ID, ACTION (update, rebake or rollback), KEEP and the other options.
+parse_arguments() {
+  local of_base="" of_fleet=""
+  NAME="" ID="" ACTION=update KEEP="" REBOOT=no-reboot WITH_OUTPUT=no WAIT=no MOVE_DATA=no YES=no
   while (($#)); do
     case $1 in
+      --move-data | --yes) of_base=$1 ;;
+      --rebake | --rollback | --keep | --reboot | --with-output | --wait) of_fleet=$1 ;;
+    esac
+    case $1 in
       -h | --help) usage && exit ;;
-      --print-policy) print_policy "${2:-}" "${3:-$name}" "${@:4}" && exit ;;
-      --reboot) reboot=reboot ;;
-      --with-output) with_output=yes ;;
+      --print-policy) print_policy "${2:-}" "${3:-$NAME}" "${@:4}" && exit ;;
+      --dry-run) DRY_RUN=yes ;;
+      --move-data) MOVE_DATA=yes ;;
+      --yes) YES=yes ;;
+      --rebake | --rollback)
+        [[ $ACTION == update ]] || die "--rebake and --rollback are opposites: give one of them"
+        ACTION=${1#--}
+        ;;
+      --keep)
+        [[ ${2:-} =~ ^(0|[1-9][0-9]{0,2})$ ]] || die "--keep is followed by the number of images to keep, 0 to 999, not by '${2:-}'"
+        KEEP=$2
+        shift
+        ;;
+      --reboot) REBOOT=reboot ;;
+      --with-output) WITH_OUTPUT=yes ;;
+      --wait) WAIT=yes ;;
       -*) die "the option '$1' is not known: see --help" ;;
       *)
-        if [[ -z $name ]]; then name=$1; elif [[ -z $id ]]; then id=$1; else die "the argument '$1' is one too many: see --help"; fi
+        if [[ -z $NAME ]]; then NAME=$1; elif [[ -z $ID ]]; then ID=$1; else die "the argument '$1' is one too many: see --help"; fi
         ;;
     esac
     shift
   done
-  [[ $name != base ]] || die "base is the machine that environments are made from: choose another name, such as pro"
-  choose_env "$name"
-  check_fleet_settings
-  check_account
-  [[ -n $id ]] || id=$(find_instance_id)
-  inspect_base "$id"
-  choose_subnets
-  check_base_bucket
+  [[ $NAME == base || -z $of_base ]] || die "$of_base belongs to ./create_env.sh base: see --help"
+  [[ $NAME != base || -z $of_fleet$ID ]] || die "${of_fleet:-$ID} is not for base, the machine that environments are made from: see --help"
+  [[ $ACTION != rebake || -n $KEEP ]] || KEEP=1
+}
 
-  printf 'Environment %s from the base machine %s, in %s of account %s\n' "$ENV" "$id" "$REGION" "$ACCOUNT_ID"
+# prepare_base: what the base machine itself needs: a bucket and queues, no image and no group.
+prepare_base() {
+  check_queue_settings
+  [[ $MOVE_DATA == no || -d $COMFY_HOME/ComfyUI ]] \
+    || problem "there is no $COMFY_HOME/ComfyUI: --move-data is run on the base machine; if it is this one, correct COMFY_HOME in $HERE/env"
+  check_account
+  die_of_problems
+
+  printf 'The base machine, in %s of account %s\n' "$REGION" "$ACCOUNT_ID"
+  ensure_queues
+  ensure_bucket
+  [[ $MOVE_DATA == no ]] || move_data "$YES"
+  if [[ $DRY_RUN == yes ]]; then
+    printf '\nThis is what would be done. Nothing was made, changed or removed (--dry-run).\n'
+    return
+  fi
+  printf '\nThe bucket and the queues of the base machine are ready.\n'
+  show_links
+  printf 'Next: sudo systemctl restart comfyui comfy-manage, and when all works there: ./create_env.sh pro\n'
+}
+
+make_fleet() {
+  check_everything "$ID"
+
+  printf 'Environment %s from the base machine %s, in %s of account %s\n' "$ENV" "$BASE_ID" "$REGION" "$ACCOUNT_ID"
   report subnets "$SUBNETS" "$SUBNETS_ARE"
   ensure_queues
   ensure_profile
-  ensure_image "$id" "$reboot"
-  ensure_bucket "$with_output"
+  ensure_image "$REBOOT"
+  ensure_bucket
+  [[ $ACTION == rollback ]] || copy_files "$WITH_OUTPUT" # going back is to be fast
   ensure_template
   ensure_group
   ensure_alarm
+  settle_images "$KEEP"
+  [[ $WAIT == no ]] || wait_for_image
   summarise
+}
+
+main() {
+  parse_arguments "$@"
+  choose_env "$NAME"
+  if [[ $ENV == base ]]; then prepare_base; else make_fleet; fi
 }
 
 if [[ ${BASH_SOURCE[0]} == "$0" ]]; then

@@ -9,10 +9,12 @@ that it can be reset for every test and no other test shares its state.
 from __future__ import annotations
 
 import functools
+import json
 import os
 import pty
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -63,17 +65,25 @@ def make_images_take_time() -> None:
     from moto.autoscaling.responses import AutoScalingResponse
     from moto.ec2.exceptions import EC2ClientError
     from moto.ec2.models import EC2Backend
+    from moto.ec2.models.elastic_block_store import Snapshot
 
     create_image, describe_images = EC2Backend.create_image, EC2Backend.describe_images
     create_group = AutoScalingResponse.create_auto_scaling_group
+    modify_template = EC2Backend.modify_launch_template
 
     @functools.wraps(create_image)
     def create_image_pending(self: Any, instance_id: str, *args: Any, **kwargs: Any) -> Any:
         image: Any = create_image(self, instance_id, *args, **kwargs)
         tags = {tag["key"]: tag["value"] for tag in self.get_instance(instance_id).get_tags()}
-        image.looks = int(tags.get(LOOKS_TAG, "0"))
-        image.state = "pending" if image.looks else "available"
+        image.all_looks = image.looks = int(tags.get(LOOKS_TAG, "0"))
+        show_progress(image)
         return image
+
+    def show_progress(image: Any) -> None:
+        share = 100 * (image.all_looks - image.looks) // image.all_looks if image.looks > 0 else 100
+        image.state = "pending" if image.looks > 0 else "available"
+        image.ebs_snapshot.status = "pending" if image.looks > 0 else "completed"
+        image.ebs_snapshot.share = f"{share}%"
 
     @functools.wraps(describe_images)
     def describe_images_as_they_end(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -81,7 +91,7 @@ def make_images_take_time() -> None:
         for image in images:
             if image.state == "pending":
                 image.looks -= 1
-                image.state = "pending" if image.looks > 0 else "available"
+                show_progress(image)
         return images
 
     @functools.wraps(create_group)
@@ -96,10 +106,20 @@ def make_images_take_time() -> None:
             raise EC2ClientError("ValidationError", f"The image id '[{version.image_id}]' is not available")
         return create_group(self)
 
+    @functools.wraps(modify_template)
+    def modify_template_of_ready_image(self: Any, *, template_name: str, default_version: str, **kwargs: Any) -> Any:
+        # AWS does not look, but launches would fail until the image is ready.
+        version = self.get_launch_template_by_name(template_name).get_version(default_version)
+        if self.amis[version.image_id].state != "available":
+            raise EC2ClientError("ImageNotReady", f"the image {version.image_id} is not available")
+        return modify_template(self, template_name=template_name, default_version=default_version, **kwargs)
+
     for owner, name, function in (
         (EC2Backend, "create_image", create_image_pending),
         (EC2Backend, "describe_images", describe_images_as_they_end),
         (AutoScalingResponse, "create_auto_scaling_group", create_group_of_ready_image),
+        (EC2Backend, "modify_launch_template", modify_template_of_ready_image),
+        (Snapshot, "progress", property(lambda snapshot: getattr(snapshot, "share", "100%"))),
     ):
         setattr(owner, name, function)
 
@@ -168,6 +188,12 @@ class Aws:
             for i, zone in enumerate("aab")
         )
         self.open_to_internet(vpc, public, region)
+        ec2.create_vpc_endpoint(
+            VpcId=vpc,
+            VpcEndpointType="Gateway",
+            ServiceName=f"com.amazonaws.{region}.s3",
+            RouteTableIds=self.tables(vpc, region),
+        )
         group = ec2.create_security_group(GroupName="comfy", Description="comfy", VpcId=vpc)["GroupId"]
         iam.create_instance_profile(InstanceProfileName="comfy")
         ec2.create_key_pair(KeyName="operator")
@@ -195,6 +221,11 @@ class Aws:
         table = ec2.create_route_table(VpcId=vpc)["RouteTable"]["RouteTableId"]
         ec2.create_route(RouteTableId=table, DestinationCidrBlock="0.0.0.0/0", GatewayId=gateway)
         ec2.associate_route_table(RouteTableId=table, SubnetId=subnet)
+
+    def tables(self, vpc: str, region: str = REGION) -> list[str]:
+        """The route tables of a VPC."""
+        tables = self.client("ec2", region).describe_route_tables(Filters=[{"Name": "vpc-id", "Values": [vpc]}])
+        return [table["RouteTableId"] for table in tables["RouteTables"]]
 
     def make_bucket(
         self, name: str, region: str = REGION, *, tag: str = "", files: tuple[str, ...] | None = None
@@ -261,6 +292,21 @@ class Aws:
         return {key: value for key, value in found.items() if value}
 
 
+def shape(found: Any) -> str:
+    """All of it but what differs from run to run: ids, times, digests and the order of lists."""
+
+    def in_order(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: in_order(value[key]) for key in sorted(value)}
+        return sorted(map(in_order, value), key=str) if isinstance(value, list) else value
+
+    text = re.sub(r"\b([a-z]+)-[0-9a-f]{17}\b", r"\1-id", json.dumps(found, default=str))
+    text = re.sub(r"\b[0-9a-f]{8}-[0-9a-f-]{27}\b|\b[0-9a-f]{16}\b", "digest", text)
+    text = re.sub(r"\b20\d\d-?\d\d-?\d\d[T ][0-9:.]+(Z|[+]00:00)?|\b[0-9]{10}\b", "time", text)
+    text = re.sub(r"(subnet-id,?)+", "subnets", text)
+    return json.dumps(in_order(json.loads(text)), indent=1)
+
+
 def mine_by_name(name: str) -> list[dict[str, Any]]:
     return [{"Name": "launch-template-name", "Values": [f"simple-comfy-{name}-asg-template"]}]
 
@@ -309,6 +355,7 @@ class Bundle:
             text=True,
             timeout=CALL_LIMIT_S,
             check=False,
+            start_new_session=True,  # so that run_killed ends the script and nothing else
         )
 
     def run_on_terminal(self, *command: str, answer: str, **environment: str) -> tuple[int, str]:
@@ -353,6 +400,31 @@ exec '{TESTS}/bin/aws' "$@"
         )
         stub.chmod(0o755)
         return f"{folder}:{self.aws.environment()['PATH']}"
+
+    def run_killed(self, *command: str, after: int | str, **environment: str) -> int | None:
+        """Run a script that is killed, with all it started, after so many AWS calls or after the first with these words.
+
+        Returns None when it was, else how many calls it made until it ended by itself.
+        """
+        folder = self.folder.parent / "killing"
+        folder.mkdir(exist_ok=True)
+        calls = folder / "calls"
+        calls.write_text("")
+        condition = f"$(wc -l <'{calls}') -eq {after}" if isinstance(after, int) else f'" $* " == *" {after} "*'
+        stub = folder / "aws"
+        stub.write_text(
+            f"""#!/usr/bin/env bash
+'{TESTS}/bin/aws' "$@"
+code=$?
+echo >>'{calls}'
+[[ {condition} ]] && kill -KILL 0
+exit $code
+"""
+        )
+        stub.chmod(0o755)
+        ran = self.run(*command, PATH=f"{folder}:{self.aws.environment()['PATH']}", **environment)
+        assert ran.returncode in (0, -signal.SIGKILL), ran.stderr
+        return calls.read_text().count("\n") if ran.returncode == 0 else None
 
 
 @pytest.fixture(scope="session")

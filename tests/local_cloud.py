@@ -42,6 +42,8 @@ from moto.autoscaling.models import InstanceState
 from moto.backends import get_backend
 from moto.core.exceptions import ServiceException
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+from moto.servicequotas.exceptions import NoSuchResource
+from moto.servicequotas.models import ServiceQuotasBackend
 from moto.sqs import models as sqs_models
 from werkzeug.serving import make_server
 
@@ -56,6 +58,7 @@ ACCOUNT_ID = "123456789012"
 REGION = "us-west-2"
 INSTALL_DIR = "/home/ubuntu/comfy"  # where the units expect the bundle; each instance has its own copy
 FAULTLESS_KEY = "faultless"  # the access key of those who watch the cloud: they meet no faults
+VCPU_QUOTA = 768.0
 CLOCK_S = 0.1
 SHUTDOWN_S = 10.0
 
@@ -141,6 +144,7 @@ class LocalCloud:
         self._sqs_lock, self._s3_lock = threading.Lock(), threading.Lock()
         self._moto = DomainDispatcherApplication(create_backend_app)
         self._ended = threading.Event()
+        setattr(ServiceQuotasBackend, "get_service_quota", get_service_quota)  # noqa: B010 - or mypy would object
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self._server = make_server("127.0.0.1", 0, self, threaded=True, request_handler=MotoRequestHandler)
         self._aws_cli, self.aws_cli_socket = self._start_aws_cli()
@@ -222,6 +226,13 @@ class LocalCloud:
             ec2.create_subnet(VpcId=vpc, CidrBlock=f"10.0.{i}.0/24", AvailabilityZone=zone)["Subnet"]["SubnetId"]
             for i, zone in enumerate([zones[0], zones[0], zones[1]])
         ]
+        tables = ec2.describe_route_tables(Filters=[{"Name": "vpc-id", "Values": [vpc]}])["RouteTables"]
+        ec2.create_vpc_endpoint(
+            VpcId=vpc,
+            VpcEndpointType="Gateway",
+            ServiceName=f"com.amazonaws.{REGION}.s3",
+            RouteTableIds=[table["RouteTableId"] for table in tables],
+        )
         gateway = ec2.create_internet_gateway()["InternetGateway"]["InternetGatewayId"]
         ec2.attach_internet_gateway(InternetGatewayId=gateway, VpcId=vpc)
         public = ec2.create_route_table(VpcId=vpc)["RouteTable"]["RouteTableId"]
@@ -899,6 +910,11 @@ def version_at_launch(state: Any) -> dict[str, Any] | None:
 
 
 InstanceState.launch_template = property(version_at_launch)  # type: ignore[assignment,method-assign]
+def get_service_quota(_: Any, service_code: str, quota_code: str) -> dict[str, Any]:
+    """The account's vCPUs of the G and VT family, on demand and Spot. Moto knows only quotas of VPCs."""
+    if (service_code, quota_code) in (("ec2", "L-DB2E81BA"), ("ec2", "L-3819A6DF")):
+        return {"QuotaCode": quota_code, "Value": VCPU_QUOTA}
+    raise NoSuchResource
 
 
 def metadata_handler(machine: Machine) -> type[BaseHTTPRequestHandler]:
