@@ -794,7 +794,10 @@ operator_policy() {
   set_arns
   # Images and snapshots have no account in their ARN. Where tags decide, the ARNs need not.
   local any="arn:$PARTITION:ec2:$REGION:*" ec2=arn:$PARTITION:ec2:$REGION:$ACCOUNT_ID iam=arn:$PARTITION:iam::$ACCOUNT_ID
-  local template="$ec2:launch-template/*" roles="$iam:role$WORKER_PATH*" profiles="$iam:instance-profile$WORKER_PATH*"
+  local template="$ec2:launch-template/*"
+  # Of what is not there yet AWS does not know the path.
+  local roles="$iam:role$WORKER_PATH* $iam:role/$WORKER_ROLE"
+  local profiles="$iam:instance-profile$WORKER_PATH* $iam:instance-profile/$WORKER_ROLE"
   local base=arn:$PARTITION:s3:::$BASE_S3_BUCKET alarms="arn:$PARTITION:cloudwatch:$REGION:$ACCOUNT_ID:alarm:$ASG_NAME-*"
   local new="\"aws:RequestTag/comfy-env\": \"$ENV\", \"aws:RequestTag/comfy-prefix\": \"$PREFIX\""
   local ours="\"StringEquals\": {\"aws:ResourceTag/comfy-env\": \"$ENV\", \"aws:ResourceTag/comfy-prefix\": \"$PREFIX\"}"
@@ -815,11 +818,11 @@ operator_policy() {
     allow "s3:GetObject s3:GetObjectTagging" "$base/*"
 
     allow "ec2:CreateImage" "$ec2:instance/*"
-    allow "ec2:CreateImage ec2:CreateLaunchTemplate" "$any" "\"StringEquals\": {$new}"
-    allow "ec2:CreateTags" "$any" \
+    allow "ec2:CreateImage ec2:CreateLaunchTemplate" "$any:*" "\"StringEquals\": {$new}"
+    allow "ec2:CreateTags" "$any:*" \
       "\"StringEquals\": {$new, \"ec2:CreateAction\": [\"CreateImage\", \"CreateLaunchTemplate\", \"RunInstances\"]}"
     allow "ec2:CreateLaunchTemplateVersion ec2:ModifyLaunchTemplate ec2:DeleteLaunchTemplate ec2:RunInstances \
-      ec2:TerminateInstances ec2:DeleteVolume ec2:DeregisterImage ec2:DeleteSnapshot" "$any" "$ours"
+      ec2:TerminateInstances ec2:DeleteVolume ec2:DeregisterImage ec2:DeleteSnapshot" "$any:*" "$ours"
     # Asked for when a group is made or changed: whether its maker could launch what the template says.
     allow "ec2:RunInstances" "$any:image/* $any:snapshot/* $ec2:instance/* $ec2:volume/* $ec2:network-interface/* $ec2:subnet/* \
       $ec2:security-group/* $ec2:key-pair/*" "\"ArnLike\": {\"ec2:LaunchTemplate\": \"$template\"}"

@@ -16,7 +16,17 @@ import sys
 
 VARIABLE = "LOCAL_AWS_CLI"
 """Names the server's socket in the environment of those who may use it."""
-SERVICES = ("autoscaling", "cloudwatch", "ec2", "iam", "s3", "service-quotas", "sqs", "sts")
+SERVICES = (
+    "autoscaling",
+    "cloudwatch",
+    "ec2",
+    "iam",
+    "resourcegroupstaggingapi",
+    "s3",
+    "service-quotas",
+    "sqs",
+    "sts",
+)
 
 
 def call(path: str, arguments: list[str]) -> int:

@@ -116,6 +116,13 @@ def run_on_base(folder: Path, environment: dict[str, str], *command: str) -> lis
     return lines
 
 
+def with_permissions_of(cloud: LocalCloud, who: str, base: Path, environment: dict[str, str]) -> dict[str, str]:
+    """The environment of one who may do on environment pro what create_env.sh --print-policy says, and no more."""
+    command = ["./create_env.sh", "--print-policy", who, "pro"]
+    policy = subprocess.run(command, cwd=base, env=environment, capture_output=True, text=True, check=True).stdout
+    return environment | cloud.allow_only(who, policy)
+
+
 def watch_jobs(cloud: LocalCloud, job_ids: list[str], timeline: Timeline) -> dict[str, dict[str, Any]]:
     """Show a bar until every job has its receipt; return the receipts."""
     s3 = cloud.client("s3")
@@ -211,6 +218,9 @@ def what_is_left(cloud: LocalCloud, fleet: list[str]) -> list[str]:
     left += cloud.client("sqs").list_queues().get("QueueUrls", [])
     left += [b["Name"] for b in cloud.client("s3").list_buckets()["Buckets"] if b["Name"] != BASE_BUCKET]
     left += [i for i in fleet if cloud.instance_state(i) != "terminated"]
+    iam = cloud.client("iam")
+    left += [r["RoleName"] for r in iam.list_roles()["Roles"] if r["RoleName"] != "comfy"]
+    left += [p["InstanceProfileName"] for p in iam.list_instance_profiles()["InstanceProfiles"] if p["InstanceProfileName"] != "comfy"]  # fmt: skip
     return left
 
 
@@ -258,7 +268,10 @@ def tell_story(folder: Path, jobs: int) -> None:
         environment = machine.environment()
         tell(f"The base machine is {machine.instance_id}; its models lie in s3://{BASE_BUCKET}.")
 
-        run_on_base(base, environment, "./create_env.sh", "pro")
+        tell("Every call is checked against the policies that ./create_env.sh --print-policy prints.")
+        operator, sender = (with_permissions_of(cloud, who, base, environment) for who in ("operator", "sender"))
+
+        run_on_base(base, operator, "./create_env.sh", "pro")
         check(
             "the fleet of pro exists and costs nothing: 0 instances",
             [g["DesiredCapacity"] for g in groups(cloud)] == [0],
@@ -266,7 +279,7 @@ def tell_story(folder: Path, jobs: int) -> None:
 
         workflow = [str(Path(os.environ["DEMO_WORKFLOW"]).resolve())] if os.environ.get("DEMO_WORKFLOW") else []
         command = ["./send_job.py", *workflow, "--env", "pro", "--count", str(jobs)]
-        said = run_on_base(base, environment, *command)
+        said = run_on_base(base, sender, *command)
         job_ids = [line.split()[-1] for line in said if line.startswith("Message sent successfully:")]
         check(f"{jobs} jobs are on the queue", len(set(job_ids)) == jobs)
         wanted = min(math.ceil(jobs / BACKLOG), MOST)
@@ -307,9 +320,10 @@ def tell_story(folder: Path, jobs: int) -> None:
         draw_page(cloud, base, results, boots.ready)
         tell("   ✓ what happened is drawn in demo-output/report.html")
 
-        run_on_base(base, environment, "./delete_env.sh", "pro", "--yes")
+        run_on_base(base, operator, "./delete_env.sh", "pro", "--yes")
         left = what_is_left(cloud, fleet)
         check("nothing of pro is left", not left, left)
+        check("no call needed a permission that the policies do not give", not cloud.denied, cloud.denied)
         check("the base machine and its bucket are as they were", cloud.instance_state(machine.instance_id) == "running"
               and (base / "logs/parse_job.log").read_text() == "The base machine's own log.\n")  # fmt: skip
     tell(f"\nDone in {time.monotonic() - started:.0f} s. The images are in {OUTPUT}; look at report.html there")

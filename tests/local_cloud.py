@@ -38,10 +38,13 @@ from xml.sax.saxutils import escape
 
 import aws_cli
 import boto3
+import local_iam
 from moto.autoscaling.models import InstanceState
 from moto.backends import get_backend
 from moto.core.exceptions import ServiceException
+from moto.iam.access_control import PermissionResult
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
+from moto.s3.models import FakeBucket
 from moto.servicequotas.exceptions import NoSuchResource
 from moto.servicequotas.models import ServiceQuotasBackend
 from moto.sqs import models as sqs_models
@@ -54,8 +57,7 @@ logger = logging.getLogger("local_cloud")
 vars(sqs_models)["unix_time_millis"] = lambda: time.time() * 1000
 
 TESTS = Path(__file__).resolve().parent
-ACCOUNT_ID = "123456789012"
-REGION = "us-west-2"
+ACCOUNT_ID, REGION = local_iam.ACCOUNT_ID, local_iam.REGION
 INSTALL_DIR = "/home/ubuntu/comfy"  # where the units expect the bundle; each instance has its own copy
 FAULTLESS_KEY = "faultless"  # the access key of those who watch the cloud: they meet no faults
 VCPU_QUOTA = 768.0
@@ -78,6 +80,7 @@ class Fault:
     status: int
     code: str
     after_s: float = 0.0
+    message: str = "a fault of the local cloud"
 
 
 @dataclass
@@ -136,6 +139,10 @@ class LocalCloud:
         """Tests set it: the StatusMessage with which no group gets an instance, such as a lack of capacity."""
         self.fault: Callable[[str, str], Fault | None] = lambda _service, _operation: None
         """Tests set it: (service, operation) -> what to answer instead. S3 operations are HTTP methods."""
+        self.policies: dict[str, Callable[[], list[Any]]] = {}
+        """By access key: what returns the caller's policies, read at each call. Who has none may do all."""
+        self.denied: list[str] = []
+        """Every call that was refused for want of a permission, in AWS's words."""
         self._base_folders: dict[str, Path] = {}
         self._launched_at: dict[str, float] = {}
         self._measured_at = time.monotonic()
@@ -146,6 +153,8 @@ class LocalCloud:
         self._ended = threading.Event()
         setattr(ServiceQuotasBackend, "get_service_quota", get_service_quota)  # noqa: B010 - or mypy would object
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
+        # Moto does not look at a bucket policy's conditions, so it would refuse everything for want of TLS.
+        setattr(FakeBucket, "get_permission", lambda *_: PermissionResult.NEUTRAL)  # noqa: B010 - mypy forbids the other
         self._server = make_server("127.0.0.1", 0, self, threaded=True, request_handler=MotoRequestHandler)
         self._aws_cli, self.aws_cli_socket = self._start_aws_cli()
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
@@ -198,6 +207,12 @@ class LocalCloud:
             aws_access_key_id=FAULTLESS_KEY,
             aws_secret_access_key="local",
         )
+
+    def allow_only(self, access_key: str, *policies: str) -> dict[str, str]:
+        """Let a caller do what these policies say. Returns the variables that make a process this caller."""
+        documents = [json.loads(policy) for policy in policies]
+        self.policies[access_key] = lambda: documents
+        return {"AWS_ACCESS_KEY_ID": access_key, "AWS_SECRET_ACCESS_KEY": "local"}
 
     def instance_state(self, instance_id: str) -> str:
         """EC2's word for the instance: running, terminated, ..."""
@@ -293,6 +308,13 @@ class LocalCloud:
         user_data = instance.user_data.decode() if instance.user_data else ""
         machine = Machine(self, instance.id, self.folder / "instances" / instance.id)
         self.machines[instance.id] = machine
+        group = self._state(instance.id).auto_scaling_group
+        profile = local_iam.template_data(group.ec2_launch_template, group.launch_template_version).get(
+            "IamInstanceProfile"
+        )
+        if profile:  # else it does what it likes, for the tests that make a template of their own
+            self.policies[instance.id] = lambda: local_iam.policies_of_profile(profile)
+            machine.give_credentials(instance.id)
         machine.boot(self.folder / "images" / instance.image_id, user_data)
 
     def _autoscaling(self) -> Any:
@@ -348,6 +370,12 @@ class LocalCloud:
             if state.instance_id not in known:
                 state.launched_version = version
                 self._launched_at[state.instance_id] = time.monotonic()
+                template = group.ec2_launch_template
+                if template is not None:  # moto forgets the tags
+                    state.instance.add_tags(
+                        local_iam.template_tags(template, group.launch_template_version).get("instance", {})
+                        | {"aws:ec2launchtemplate:id": template.id}
+                    )
                 description = f"Launching a new EC2 instance: {state.instance_id}"
                 self.activities.append(Activity(group.name, group.arn, description, cause, "Successful"))
 
@@ -431,7 +459,10 @@ class LocalCloud:
         action = parameters.get("Action") or target.rpartition(".")[2] or environ["REQUEST_METHOD"]
         fault = self.fault(service, action) if who != FAULTLESS_KEY else None
         if fault is not None:
-            return self._answer_fault(fault, start_response, json_protocol=bool(target))
+            return self._answer_fault(fault, start_response, service, json_protocol=bool(target))
+        refusal = self._refuse_without_permission(who, service, action, environ, body, parameters)
+        if refusal is not None:
+            return self._answer_fault(refusal, start_response, service, json_protocol=bool(target))
         handler = getattr(self, f"_on_{service}_{action}", None)
         if handler is None:
             if target == "AmazonSQS.ReceiveMessage":
@@ -440,7 +471,10 @@ class LocalCloud:
             # Moto's SQS loses messages and its S3 overwrites objects when two calls come at the same moment.
             lock = self._sqs_lock if service == "sqs" else self._s3_lock if "HTTP_IF_NONE_MATCH" in environ else None
             with lock or nullcontext():
-                return [b"".join(self._moto(environ, start_response))]
+                answer = b"".join(self._moto(environ, start_response))
+            if service == "s3" and action == "GET" and environ.get("QUERY_STRING") == "notification":
+                answer = self._with_event_bridge(environ["PATH_INFO"].strip("/"), answer)
+            return [answer]
 
         motos_start: list[Any] = []
 
@@ -470,6 +504,39 @@ class LocalCloud:
         )
         return [text.encode()]
 
+    def _refuse_without_permission(
+        self,
+        who: str,
+        service: str,
+        action: str,
+        environ: dict[str, Any],
+        body: bytes,
+        parameters: dict[str, str],
+    ) -> Fault | None:
+        """What a caller with policies is answered when they do not allow the call."""
+        policies = self.policies.get(who)
+        if policies is None:
+            return None
+        call = json.loads(body) if "HTTP_X_AMZ_TARGET" in environ else parameters
+        with self._lock:
+            wanted = local_iam.accesses(service, action, call, environ, body)
+            missing = [access for access in wanted if not local_iam.is_allowed(policies(), access)]
+        if not missing:
+            return None
+        message = f"User: {who} is not authorized to perform: {missing[0].action} on resource: {missing[0].resource}"
+        self.denied.append(message)
+        logger.warning(message)
+        return Fault(403, "UnauthorizedOperation" if service == "ec2" else "AccessDenied", message=message)
+
+    def _with_event_bridge(self, bucket_name: str, answer: bytes) -> bytes:
+        """What moto keeps but does not tell: that the bucket's events go to EventBridge."""
+        bucket = get_backend("s3")[ACCOUNT_ID]["aws"].buckets.get(bucket_name)
+        configuration = bucket.notification_configuration if bucket else None
+        if configuration is None or configuration.event_bridge is None:
+            return answer
+        end = b"</NotificationConfiguration>"
+        return answer.replace(end, b"<EventBridgeConfiguration/>" + end)
+
     def _await_message(self, call: dict[str, Any], caller: socket.socket) -> bytes:
         """Poll here for as long as the caller polls, so that moto, which is locked meanwhile, need not."""
         limit = time.monotonic() + call.get("WaitTimeSeconds", 0)
@@ -483,16 +550,18 @@ class LocalCloud:
         return json.dumps(call | {"WaitTimeSeconds": 0}).encode()
 
     def _answer_fault(
-        self, fault: Fault, start_response: Callable[..., Any], *, json_protocol: bool
+        self, fault: Fault, start_response: Callable[..., Any], service: str, *, json_protocol: bool
     ) -> Iterable[bytes]:
         self._ended.wait(fault.after_s)
         if json_protocol:
             headers = [("Content-Type", "application/x-amz-json-1.0")]
-            text = json.dumps({"__type": f"com.amazonaws#{fault.code}", "message": "a fault of the local cloud"})
+            text = json.dumps({"__type": f"com.amazonaws#{fault.code}", "message": fault.message})
         else:
             headers = [("Content-Type", "text/xml")]
-            error = f"<Code>{fault.code}</Code><Message>a fault of the local cloud</Message>"
+            error = f"<Code>{fault.code}</Code><Message>{escape(fault.message)}</Message>"
             text = f"<ErrorResponse><Error>{error}</Error><RequestId>local</RequestId></ErrorResponse>"
+            if service == "s3":
+                text = f"<Error>{error}</Error>"
         start_response(f"{fault.status} Fault", headers)
         return [text.encode()]
 
@@ -773,18 +842,8 @@ class Machine:
             "instance-type": cloud.instance_type(instance_id),
             "placement/region": REGION,
             "iam/security-credentials/": "comfy",
-            "iam/security-credentials/comfy": json.dumps(
-                {
-                    "Code": "Success",
-                    "Type": "AWS-HMAC",
-                    "AccessKeyId": "local",
-                    "SecretAccessKey": "local",
-                    "Token": "local",
-                    "Expiration": "2099-01-01T00:00:00Z",
-                    "LastUpdated": "2026-01-01T00:00:00Z",
-                }
-            ),
         }
+        self.give_credentials("local")
         self._metadata_server = ThreadingHTTPServer(("127.0.0.1", 0), metadata_handler(self))
         threading.Thread(target=self._metadata_server.serve_forever, daemon=True).start()
         self.metadata_endpoint = f"http://127.0.0.1:{self._metadata_server.server_port}"
@@ -809,6 +868,20 @@ class Machine:
             "COMFY_ADDRESS": f"127.0.0.1:{self.comfy_port}",
             "LOCAL_INSTANCE_DIR": str(self.side),
         }
+
+    def give_credentials(self, access_key: str) -> None:
+        """Have the metadata service hand these out."""
+        self.metadata["iam/security-credentials/comfy"] = json.dumps(
+            {
+                "Code": "Success",
+                "Type": "AWS-HMAC",
+                "AccessKeyId": access_key,
+                "SecretAccessKey": "local",
+                "Token": "local",
+                "Expiration": "2099-01-01T00:00:00Z",
+                "LastUpdated": "2026-01-01T00:00:00Z",
+            }
+        )
 
     def boot(self, image: Path, user_data: str) -> None:
         """Start as a machine does: disk from the image, then cloud-init and the services side by side."""
@@ -910,6 +983,8 @@ def version_at_launch(state: Any) -> dict[str, Any] | None:
 
 
 InstanceState.launch_template = property(version_at_launch)  # type: ignore[assignment,method-assign]
+
+
 def get_service_quota(_: Any, service_code: str, quota_code: str) -> dict[str, Any]:
     """The account's vCPUs of the G and VT family, on demand and Spot. Moto knows only quotas of VPCs."""
     if (service_code, quota_code) in (("ec2", "L-DB2E81BA"), ("ec2", "L-3819A6DF")):

@@ -294,7 +294,7 @@ class ChaosCloud(LocalCloud):
         operation = action[1].decode() if action else target or environ["REQUEST_METHOD"]
         error = self._choose_error(instance_id, service, operation) if self.chaos else None
         if error is not None and error.code != "answer lost":
-            return self._answer_fault(error, start_response, json_protocol=bool(target))
+            return self._answer_fault(error, start_response, service, json_protocol=bool(target))
 
         environ["wsgi.input"] = io.BytesIO(body)
         answered: list[Any] = []
@@ -303,7 +303,9 @@ class ChaosCloud(LocalCloud):
         if status.startswith("200"):
             self._note(instance_id, operation, environ["PATH_INFO"], headers, answer, lost=error is not None)
         if error is not None:
-            return self._answer_fault(Fault(500, "InternalError"), start_response, json_protocol=bool(target))
+            return self._answer_fault(
+                Fault(500, "InternalError"), start_response, service, json_protocol=bool(target)
+            )
         start_response(*answered[-1])
         return [answer]
 
