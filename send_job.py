@@ -926,7 +926,7 @@ def state_of(instance: dict[str, Any], jobs: list[dict[str, Any]], begun: bool |
     if state.startswith("Pending") or begun is False:
         return "booting"
     if begun is None:
-        return "there"
+        return "in service"
     return "busy" if jobs else "idle"
 
 
@@ -943,7 +943,7 @@ def tell_fleet(fleet: dict[str, Any]) -> list[str]:
     for each in fleet["instances"]:
         age = duration(each["age_s"]) if each["age_s"] is not None else ""
         jobs = "; ".join(map(tell_job, each["jobs"]))
-        lines.append(f"  {each['instance_id']:19}  {each['type']:12} {each['state']:9} {age:>12}  {jobs}".rstrip())
+        lines.append(f"  {each['instance_id']:19}  {each['type']:12} {each['state']:10} {age:>12}  {jobs}".rstrip())
     lines += [f"scaling    {duration(each['age_s'])} ago: {each['message']}" for each in fleet["scaling_errors"]]
     return lines + [f"not seen   {each}" for each in fleet["not_seen"]]
 
@@ -1033,26 +1033,24 @@ def run_redrive(sender: Sender) -> int:
     sqs = aws_client("sqs", settings.region)
     url = dead_letters(sqs, settings)
     left = max(10, queue_depth(sqs, url).visible)  # not without end: some may come back at once
-    sent = refused = 0
-    reason = ""
-    while left > 0 and (messages := receive_some(sqs, url, min(10, left))):
+    sent = 0
+    unsent: dict[str, str] = {}
+    while left > 0 and not unsent and (messages := receive_some(sqs, url, min(10, left))):
         left -= len(messages)
-        by_id = {message["MessageId"]: message for message in messages}
-        unsent: dict[str, str] = {}
-        for batch in batches([with_its_id(message) for message in by_id.values()]):
+        for batch in batches([with_its_id(message) for message in messages]):
             unsent |= sender._send_batch(batch)
-        done = [{"Id": name, "ReceiptHandle": by_id[name]["ReceiptHandle"]} for name in by_id if name not in unsent]
+        done = [message for message in messages if message["MessageId"] not in unsent]
         if done:
-            sqs.delete_message_batch(QueueUrl=url, Entries=done)
+            sqs.delete_message_batch(QueueUrl=url, Entries=entries_of(done))
+        give_back(sqs, url, [message for message in messages if message["MessageId"] in unsent])
         sent += len(done)
-        refused += len(unsent)
-        reason = next(iter(unsent.values()), reason)
     print(f"{count(sent, 'job')} sent back to {settings.sqs_name}")
     if sent:
         sender.raise_capacity(sent, say=print)
-    if refused:
-        print(f"send_job.py: {count(refused, 'job')} could not be sent back: {reason}", file=sys.stderr)
-    return 1 if refused else 0
+    if unsent:
+        reason = next(iter(unsent.values()))
+        print(f"send_job.py: {count(len(unsent), 'job')} could not be sent back: {reason}", file=sys.stderr)
+    return 1 if unsent else 0
 
 
 def run_purge(sender: Sender, *, sure: bool) -> int:
@@ -1099,14 +1097,20 @@ def peek(sqs: Any, url: str) -> list[dict[str, Any]]:
         while time.monotonic() < limit and (messages := receive_some(sqs, url)):
             found |= {message["MessageId"]: message for message in messages}
     finally:
-        held = list(found.values())
-        for first in range(0, len(held), 10):
-            entries = [
-                {"Id": message["MessageId"], "ReceiptHandle": message["ReceiptHandle"], "VisibilityTimeout": 0}
-                for message in held[first : first + 10]
-            ]
-            sqs.change_message_visibility_batch(QueueUrl=url, Entries=entries)
+        give_back(sqs, url, list(found.values()))
     return sorted(found.values(), key=sent_at)
+
+
+def give_back(sqs: Any, url: str, messages: Sequence[dict[str, Any]]) -> None:
+    """Let messages be received by others at once."""
+    for first in range(0, len(messages), 10):
+        entries = [entry | {"VisibilityTimeout": 0} for entry in entries_of(messages[first : first + 10])]
+        sqs.change_message_visibility_batch(QueueUrl=url, Entries=entries)
+
+
+def entries_of(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a batch call wants to know of received messages."""
+    return [{"Id": message["MessageId"], "ReceiptHandle": message["ReceiptHandle"]} for message in messages]
 
 
 def sent_at(message: dict[str, Any]) -> datetime:
