@@ -704,7 +704,7 @@ def make_bodies(options: argparse.Namespace) -> list[dict[str, Any]]:
 # --- Operating -------------------------------------------------------------------------------------------
 
 WATCH_S = 5.0
-"""Between two looks of --fleet --watch; an hour of it costs about 3 US cents of CloudWatch."""
+"""Between two looks of --fleet --watch; an hour of it costs about 2 US cents of CloudWatch."""
 HOUR_S = 3600
 PEEK_S = 30
 """So long a message that is looked at, or sent back, is hidden from others."""
@@ -879,8 +879,9 @@ def read_queues(sqs: Any, name: str) -> dict[str, int | None]:
     return {"waiting": depth.visible, "in_flight": depth.in_flight, "dead": dead}
 
 
-def read_metrics(cloudwatch: Any, settings: Settings, now: datetime) -> tuple[int | None, dict[str, int]]:
-    """The oldest message's age in seconds, and how many jobs succeeded and failed in the last hour."""
+def read_metrics(cloudwatch: Any, settings: Settings, now: datetime) -> tuple[int | None, dict[str, int] | None]:
+    """The oldest message's age in seconds, and how many jobs succeeded and failed in the last hour, None where no
+    worker has published any."""
     own = f"{settings.prefix}/{settings.env}"
     queue = [{"Name": "QueueName", "Value": settings.sqs_name}]
     queries = [
@@ -900,7 +901,8 @@ def read_metrics(cloudwatch: Any, settings: Settings, now: datetime) -> tuple[in
     )
     values = {result["Id"]: result["Values"] for result in answer["MetricDataResults"]}
     ages, succeeded, failed = (values.get(query["Id"], []) for query in queries)
-    return round(ages[0]) if ages else None, {"succeeded": round(sum(succeeded)), "failed": round(sum(failed))}
+    hour = {"succeeded": round(sum(succeeded)), "failed": round(sum(failed))} if succeeded or failed else None
+    return round(ages[0]) if ages else None, hour
 
 
 def read_scaling_errors(autoscaling: Any, asg_name: str, now: datetime) -> list[dict[str, Any]]:
@@ -937,7 +939,7 @@ def tell_fleet(fleet: dict[str, Any]) -> list[str]:
         lines[-1] += f"; the oldest for {duration(fleet['oldest_s'])}"
     hour = fleet["last_hour"]
     lines.append(
-        f"last hour  {hour['succeeded']} succeeded, {hour['failed']} failed" if hour else "last hour  not seen"
+        f"last hour  {hour['succeeded']} succeeded, {hour['failed']} failed" if hour else "last hour  not known"
     )
     lines.append(f"instances  {tell_instances(fleet)}")
     for each in fleet["instances"]:
@@ -1167,7 +1169,8 @@ PRICES_USD_H = {
     "g6.xlarge": 0.8048, "g6.2xlarge": 0.9776, "g6.4xlarge": 1.3232, "g6.8xlarge": 2.0144,
     "g6e.xlarge": 1.861, "g6e.2xlarge": 2.24208, "g6e.4xlarge": 3.00424, "g6e.8xlarge": 4.52856,
 }  # fmt: skip
-"""On demand, Linux, shared tenancy, alike in PRICE_REGIONS: AWS's public price list (AmazonEC2) of 2026-09-24."""
+"""On demand, Linux, shared tenancy, alike in PRICE_REGIONS: AWS's public price list (AmazonEC2), as copies of it had
+them for us-east-1 on 2026-09-24 and for us-west-2 on 2025-11-30."""
 PRICE_REGIONS = ("us-east-1", "us-west-2")
 BILLED_AT_LEAST_S = 60
 AFTERWARDS_S = 600

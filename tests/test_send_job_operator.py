@@ -424,7 +424,7 @@ def test_a_missing_permission_costs_its_line_only(
     assert send_job.main(["--fleet"]) == 0
     _, queue, hour, instances, one, *rest = capsys.readouterr().out.splitlines()
     assert queue == "queue      0 waiting, 0 in flight, 0 dead"
-    assert hour == "last hour  not seen"
+    assert hour == "last hour  not known"
     assert instances == "instances  1 there, 1 wanted (0 to 5): 1 idle; $1.212 an hour on demand"
     assert one == f"  {machine.instance_id}  g5.2xlarge   idle"
     assert rest == [
