@@ -708,7 +708,7 @@ def make_bodies(options: argparse.Namespace) -> list[dict[str, Any]]:
 # --- Operating -------------------------------------------------------------------------------------------
 
 WATCH_S = 5.0
-"""Between two looks of --fleet --watch; an hour of it costs about 3 US cents of CloudWatch."""
+"""Between two looks of --fleet --watch; an hour of it costs about 2 US cents of CloudWatch."""
 HOUR_S = 3600
 PEEK_S = 30
 """So long a message that is looked at, or sent back, is hidden from others."""
@@ -883,8 +883,9 @@ def read_queues(sqs: Any, name: str) -> dict[str, int | None]:
     return {"waiting": depth.visible, "in_flight": depth.in_flight, "dead": dead}
 
 
-def read_metrics(cloudwatch: Any, settings: Settings, now: datetime) -> tuple[int | None, dict[str, int]]:
-    """The oldest message's age in seconds, and how many jobs succeeded and failed in the last hour."""
+def read_metrics(cloudwatch: Any, settings: Settings, now: datetime) -> tuple[int | None, dict[str, int] | None]:
+    """The oldest message's age in seconds, and how many jobs succeeded and failed in the last hour, None where no
+    worker has published any."""
     own = f"{settings.prefix}/{settings.env}"
     queue = [{"Name": "QueueName", "Value": settings.sqs_name}]
     queries = [
@@ -904,7 +905,8 @@ def read_metrics(cloudwatch: Any, settings: Settings, now: datetime) -> tuple[in
     )
     values = {result["Id"]: result["Values"] for result in answer["MetricDataResults"]}
     ages, succeeded, failed = (values.get(query["Id"], []) for query in queries)
-    return round(ages[0]) if ages else None, {"succeeded": round(sum(succeeded)), "failed": round(sum(failed))}
+    hour = {"succeeded": round(sum(succeeded)), "failed": round(sum(failed))} if succeeded or failed else None
+    return round(ages[0]) if ages else None, hour
 
 
 def read_scaling_errors(autoscaling: Any, asg_name: str, now: datetime) -> list[dict[str, Any]]:
@@ -930,7 +932,7 @@ def state_of(instance: dict[str, Any], jobs: list[dict[str, Any]], begun: bool |
     if state.startswith("Pending") or begun is False:
         return "booting"
     if begun is None:
-        return "there"
+        return "in service"
     return "busy" if jobs else "idle"
 
 
@@ -941,13 +943,13 @@ def tell_fleet(fleet: dict[str, Any]) -> list[str]:
         lines[-1] += f"; the oldest for {duration(fleet['oldest_s'])}"
     hour = fleet["last_hour"]
     lines.append(
-        f"last hour  {hour['succeeded']} succeeded, {hour['failed']} failed" if hour else "last hour  not seen"
+        f"last hour  {hour['succeeded']} succeeded, {hour['failed']} failed" if hour else "last hour  not known"
     )
     lines.append(f"instances  {tell_instances(fleet)}")
     for each in fleet["instances"]:
         age = duration(each["age_s"]) if each["age_s"] is not None else ""
         jobs = "; ".join(map(tell_job, each["jobs"]))
-        lines.append(f"  {each['instance_id']:19}  {each['type']:12} {each['state']:9} {age:>12}  {jobs}".rstrip())
+        lines.append(f"  {each['instance_id']:19}  {each['type']:12} {each['state']:10} {age:>12}  {jobs}".rstrip())
     lines += [f"scaling    {duration(each['age_s'])} ago: {each['message']}" for each in fleet["scaling_errors"]]
     return lines + [f"not seen   {each}" for each in fleet["not_seen"]]
 
@@ -1037,26 +1039,24 @@ def run_redrive(sender: Sender) -> int:
     sqs = aws_client("sqs", settings.region)
     url = dead_letters(sqs, settings)
     left = max(10, queue_depth(sqs, url).visible)  # not without end: some may come back at once
-    sent = refused = 0
-    reason = ""
-    while left > 0 and (messages := receive_some(sqs, url, min(10, left))):
+    sent = 0
+    unsent: dict[str, str] = {}
+    while left > 0 and not unsent and (messages := receive_some(sqs, url, min(10, left))):
         left -= len(messages)
-        by_id = {message["MessageId"]: message for message in messages}
-        unsent: dict[str, str] = {}
-        for batch in batches([with_its_id(message) for message in by_id.values()]):
+        for batch in batches([with_its_id(message) for message in messages]):
             unsent |= sender._send_batch(batch)
-        done = [{"Id": name, "ReceiptHandle": by_id[name]["ReceiptHandle"]} for name in by_id if name not in unsent]
+        done = [message for message in messages if message["MessageId"] not in unsent]
         if done:
-            sqs.delete_message_batch(QueueUrl=url, Entries=done)
+            sqs.delete_message_batch(QueueUrl=url, Entries=entries_of(done))
+        give_back(sqs, url, [message for message in messages if message["MessageId"] in unsent])
         sent += len(done)
-        refused += len(unsent)
-        reason = next(iter(unsent.values()), reason)
     print(f"{count(sent, 'job')} sent back to {settings.sqs_name}")
     if sent:
         sender.raise_capacity(sent, say=print)
-    if refused:
-        print(f"send_job.py: {count(refused, 'job')} could not be sent back: {reason}", file=sys.stderr)
-    return 1 if refused else 0
+    if unsent:
+        reason = next(iter(unsent.values()))
+        print(f"send_job.py: {count(len(unsent), 'job')} could not be sent back: {reason}", file=sys.stderr)
+    return 1 if unsent else 0
 
 
 def run_purge(sender: Sender, *, sure: bool) -> int:
@@ -1103,14 +1103,20 @@ def peek(sqs: Any, url: str) -> list[dict[str, Any]]:
         while time.monotonic() < limit and (messages := receive_some(sqs, url)):
             found |= {message["MessageId"]: message for message in messages}
     finally:
-        held = list(found.values())
-        for first in range(0, len(held), 10):
-            entries = [
-                {"Id": message["MessageId"], "ReceiptHandle": message["ReceiptHandle"], "VisibilityTimeout": 0}
-                for message in held[first : first + 10]
-            ]
-            sqs.change_message_visibility_batch(QueueUrl=url, Entries=entries)
+        give_back(sqs, url, list(found.values()))
     return sorted(found.values(), key=sent_at)
+
+
+def give_back(sqs: Any, url: str, messages: Sequence[dict[str, Any]]) -> None:
+    """Let messages be received by others at once."""
+    for first in range(0, len(messages), 10):
+        entries = [entry | {"VisibilityTimeout": 0} for entry in entries_of(messages[first : first + 10])]
+        sqs.change_message_visibility_batch(QueueUrl=url, Entries=entries)
+
+
+def entries_of(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a batch call wants to know of received messages."""
+    return [{"Id": message["MessageId"], "ReceiptHandle": message["ReceiptHandle"]} for message in messages]
 
 
 def sent_at(message: dict[str, Any]) -> datetime:
@@ -1167,7 +1173,8 @@ PRICES_USD_H = {
     "g6.xlarge": 0.8048, "g6.2xlarge": 0.9776, "g6.4xlarge": 1.3232, "g6.8xlarge": 2.0144,
     "g6e.xlarge": 1.861, "g6e.2xlarge": 2.24208, "g6e.4xlarge": 3.00424, "g6e.8xlarge": 4.52856,
 }  # fmt: skip
-"""On demand, Linux, shared tenancy, alike in PRICE_REGIONS: AWS's public price list (AmazonEC2) of 2026-09-24."""
+"""On demand, Linux, shared tenancy, alike in PRICE_REGIONS: AWS's public price list (AmazonEC2), as copies of it had
+them for us-east-1 on 2026-09-24 and for us-west-2 on 2025-11-30."""
 PRICE_REGIONS = ("us-east-1", "us-west-2")
 BILLED_AT_LEAST_S = 60
 AFTERWARDS_S = 600

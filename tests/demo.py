@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -123,10 +124,11 @@ def with_permissions_of(cloud: LocalCloud, who: str, base: Path, environment: di
     return environment | cloud.allow_only(who, policy)
 
 
-def watch_jobs(cloud: LocalCloud, job_ids: list[str], timeline: Timeline) -> dict[str, dict[str, Any]]:
+def watch_jobs(cloud: LocalCloud, job_ids: list[str]) -> dict[str, dict[str, Any]]:
     """Show a bar until every job has its receipt; return the receipts."""
     s3 = cloud.client("s3")
     results: dict[str, dict[str, Any]] = {}
+    timeline = Timeline(cloud)
     while len(results) < len(job_ids):
         for job_id in job_ids:
             if job_id not in results:
@@ -148,8 +150,6 @@ class Timeline:
 
     def __init__(self, cloud: LocalCloud) -> None:
         self.cloud = cloud
-        self.ready: dict[str, float] = {}
-        """When each instance's ComfyUI was first seen to answer, in seconds since 1970."""
         self._started = time.monotonic()
         self._shown, self._shown_at = "", -10.0
 
@@ -161,9 +161,6 @@ class Timeline:
         """Print how the fleet stands, after `what`."""
         wanted = sum(group["DesiredCapacity"] for group in groups(self.cloud))
         fleet = [machine for machine in fleet_of(self.cloud) if machine.is_on()]
-        for machine in fleet:
-            if machine.instance_id not in self.ready and answers(machine.comfy_port):
-                self.ready[machine.instance_id] = time.time()
         working = sum("comfy-manage" in machine.state()["services"] for machine in fleet)
         state = f"instances: {wanted} wanted, {len(fleet)} on, {working} with a worker"
         line = f"{what} · {state}" if what else state
@@ -172,10 +169,26 @@ class Timeline:
             tell(f"   {self.seconds():3.0f} s  {line}")
 
 
-def answers(port: int) -> bool:
-    """Whether somebody listens there."""
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+@contextmanager
+def noting_boots(cloud: LocalCloud) -> Iterator[dict[str, float]]:
+    """Note when each instance's ComfyUI begins to answer, in seconds since 1970."""
+    ready: dict[str, float] = {}
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.1):
+            for machine in fleet_of(cloud):
+                with socket.socket() as probe:
+                    if machine.instance_id not in ready and probe.connect_ex(("127.0.0.1", machine.comfy_port)) == 0:
+                        ready[machine.instance_id] = time.time()
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield ready
+    finally:
+        over.set()
+        thread.join()
 
 
 def fleet_of(cloud: LocalCloud) -> list[Machine]:
@@ -200,7 +213,7 @@ def draw_page(cloud: LocalCloud, base: Path, results: dict[str, dict[str, Any]],
     settings = load_settings("pro", base / "env")
     s3 = cloud.client("s3")
     lives = send_job.read_lives(s3, cloud.client("autoscaling"), settings, list(ready))
-    lives = {i: life._replace(ready=ready[i]) for i, life in lives.items()}
+    lives = {instance_id: life._replace(ready=ready[instance_id]) for instance_id, life in lives.items()}
     note = (
         "A rehearsal on one machine: AWS is played there, so nothing was paid; the price is that of real instances."
     )
@@ -288,8 +301,8 @@ def tell_story(folder: Path, jobs: int) -> None:
         )
 
         tell("\nThe instances boot and work:")
-        boots = Timeline(cloud)
-        results = watch_jobs(cloud, job_ids, boots)
+        with noting_boots(cloud) as ready:
+            results = watch_jobs(cloud, job_ids)
         failed = [result["error"]["message"] for result in results.values() if result["status"] != "succeeded"]
         check(f"{jobs} jobs succeeded, each with its receipt in S3", not failed, failed)
         check("each was taken once", all(result["attempt"] == 1 for result in results.values()))
@@ -317,7 +330,7 @@ def tell_story(folder: Path, jobs: int) -> None:
             keys = {o["Key"].split("/")[-1] for o in s3.list_objects_v2(Bucket=BUCKET, Prefix=f"output/{instance_id}/")["Contents"]}  # fmt: skip
             check(f"{instance_id} is terminated; its logs are in S3", {"parse_job.log", "comfyui.log"} <= keys, keys)
 
-        draw_page(cloud, base, results, boots.ready)
+        draw_page(cloud, base, results, ready)
         tell("   ✓ what happened is drawn in demo-output/report.html")
 
         run_on_base(base, operator, "./delete_env.sh", "pro", "--yes")

@@ -12,13 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import LIMIT_S, ROOT, Site, await_that, group_of, image_workflow
 from local_cloud import LocalCloud, Machine
 
 import parse_job
-from comfy_utils import Metadata, load_settings, new_job_id
+from comfy_utils import Job, Metadata, load_settings, new_job_id
 
 NO_RESULT_YET = None
 
@@ -378,6 +379,48 @@ def test_the_first_result_stands(make_site: Callable[..., Site], monkeypatch: py
     second = {**first, "status": "failed"}
     assert worker.store_result(second) == first
     assert site.result(first["job_id"]) == first
+
+
+def test_worker_json_tells_what_the_worker_does(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = make_site()
+    for name, value in site.environment().items():
+        monkeypatch.setenv(name, value)
+    worker = parse_job.Worker(load_settings(None, site.folder / "env"), Metadata())
+    worker.queue_url = site.queue_url
+
+    def told() -> list[dict[str, Any]]:
+        body = site.s3.get_object(Bucket=site.bucket, Key=f"output/{worker.instance_id}/worker.json")["Body"].read()
+        news: dict[str, Any] = json.loads(body)
+        assert news.keys() == {"instance_id", "instance_type", "jobs", "updated_at"}
+        return list(news["jobs"])
+
+    seen: list[list[dict[str, Any]]] = []
+
+    def run(job: Job, _: str | None, lease: parse_job.Lease) -> dict[str, Any]:
+        assert worker.tell_of_jobs()
+        assert not worker.tell_of_jobs(), "there is nothing new"
+        seen.append(told())
+        progress = parse_job.Progress({"7": {"class_type": "KSampler", "inputs": {}}}, job.id, worker.instance_id)
+        progress.note({"type": "progress", "data": {"node": "7", "value": 3, "max": 20}})
+        worker.store_progress(progress)
+        assert worker.tell_of_jobs()
+        seen.append(told())
+        return {"job_id": job.id, "status": "succeeded", "error": None, "attempt": lease.attempt}
+
+    monkeypatch.setattr(worker, "run_job", run)
+    assert worker.tell_of_jobs()
+    assert told() == [], "idle, and that is said as well"
+    job_id = site.send({"prompt": image_workflow()})
+    message = worker.receive()
+    assert message is not None
+    worker.process_one_message(message)
+    ((begun,), (later,)) = seen
+    assert begun.keys() == {"job_id", "since"}
+    assert later == begun | {"job_id": job_id, "node_title": "KSampler", "value": 3, "max": 20}
+    assert worker.tell_of_jobs()
+    assert told() == []
 
 
 # --- Callbacks -------------------------------------------------------------------------------------------

@@ -6,16 +6,19 @@ import base64
 import io
 import json
 import re
+import signal
+import subprocess
 import sys
 import zlib
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from conftest import Site, await_that, group_of
-from local_cloud import LocalCloud, Machine
+from conftest import LIMIT_S, Site, await_that, group_of, image_workflow
+from local_cloud import ACCOUNT_ID, REGION, Fault, LocalCloud, Machine, free_port
+from moto.backends import get_backend
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -301,9 +304,320 @@ def test_a_job_without_result_is_left_out(make_site: Callable[..., Site]) -> Non
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["--report", "x/../y"], "that is no job id"), (["--report", new_job_id(), "--price", "-1"], "--price -1")],
+    [
+        (["--report", "x/../y"], "that is no job id"),
+        (["--report", new_job_id(), "--price", "-1"], "--price -1"),
+        (["--fleet", "--dead"], "not allowed with"),
+        (["--watch"], "belong to --fleet"),
+        (["--dead", "--yes"], "belongs to --purge-dead"),
+        (["x.json", "--redrive"], "send no job"),
+        (["--dead", "--exec-cmd", "true"], "send no job"),
+    ],
 )
 def test_misuse_is_refused(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         send_job.main(arguments)
     assert words in capsys.readouterr().err
+
+
+# --- The fleet at a glance -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ours(monkeypatch: pytest.MonkeyPatch) -> Callable[[Site], None]:
+    """Gives this process a site's settings."""
+
+    def become(site: Site) -> None:
+        for name, value in site.environment().items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(send_job, "load_settings", lambda _: load_settings(None, site.folder / "env"))
+
+    return become
+
+
+def put_metrics(cloud: LocalCloud, site: Site) -> None:
+    """What the workers and SQS publish: of this hour, and of the one before."""
+    now = datetime.now(UTC)
+    data = [
+        {"MetricName": name, "Value": value, "Timestamp": now - timedelta(minutes=age), "Unit": "Count"}
+        for name, value, age in (
+            ("JobsSucceeded", 40, 50), ("JobsSucceeded", 2, 1), ("JobsSucceeded", 1000, 70), ("JobsFailed", 3, 30),
+        )
+    ]  # fmt: skip
+    cloud.client("cloudwatch").put_metric_data(Namespace=f"{site.prefix}/{site.env}", MetricData=data)
+    backend = get_backend("cloudwatch")[ACCOUNT_ID][REGION]
+    queue = [{"Name": "QueueName", "Value": f"{site.prefix}-{site.env}-queue"}]
+    for age, value in ((2, 100.0), (1, 90.0)):  # nobody but AWS may publish there
+        when = now - timedelta(minutes=age)
+        name = "ApproximateAgeOfOldestMessage"
+        datum = {
+            "MetricName": name,
+            "Value": value,
+            "Timestamp": when.replace(tzinfo=None),
+            "Dimensions": queue,
+            "Unit": "Seconds",
+        }
+        backend.put_metric_data("AWS/SQS", [datum])
+
+
+def put_worker(site: Site, instance_id: str, jobs: list[dict[str, Any]]) -> None:
+    news = {"instance_id": instance_id, "instance_type": "g5.2xlarge", "jobs": jobs, "updated_at": iso(0)}
+    site.s3.put_object(Bucket=site.bucket, Key=f"output/{instance_id}/worker.json", Body=json.dumps(news))
+
+
+def test_the_fleet_at_a_glance(
+    cloud: LocalCloud, fleet: tuple[Site, Machine], monkeypatch: pytest.MonkeyPatch, ours: Callable[[Site], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    site, machine = fleet
+    ours(site)
+    put_metrics(cloud, site)
+    for _ in range(3):
+        site.send(image_workflow())
+    site.sqs.receive_message(QueueUrl=site.queue_url)
+    site.sqs.send_message(QueueUrl=site.dlq_url, MessageBody="x")
+    assert send_job.main(["--fleet", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["queue"] == {"waiting": 2, "in_flight": 1, "dead": 1}
+    assert found["oldest_s"] == 90
+    assert found["last_hour"] == {"succeeded": 42, "failed": 3}
+    assert found["group"] == {"wanted": 1, "least": 0, "most": 5}
+    (instance,) = found["instances"]
+    assert 0 <= instance.pop("age_s") < 100
+    one = {"instance_id": machine.instance_id, "type": "g5.2xlarge", "jobs": [], "usd_per_hour": 1.212}
+    assert instance == one | {"state": "booting"}, "its worker has not begun"
+    assert (found["usd_per_hour"], found["scaling_errors"], found["not_seen"]) == (1.212, [], [])
+
+    job = {"job_id": new_job_id(), "since": iso(0), "node_title": "K采样器\x1b[2J", "value": 12, "max": 20}
+    put_worker(site, machine.instance_id, [job])
+    monkeypatch.setattr(cloud, "launch_failure", "We currently do not have sufficient g5.2xlarge capacity in the "
+                        "Availability Zone you requested (us-west-2a). Launching EC2 instance failed.")  # fmt: skip
+    cloud.client("autoscaling").set_desired_capacity(
+        AutoScalingGroupName=f"{site.prefix}-{site.env}-asg", DesiredCapacity=2
+    )
+    assert send_job.main(["--fleet", site.env, "--price", "2"]) == 0
+    title, queue, hour, instances, one_line, scaling = capsys.readouterr().out.splitlines()
+    assert title.startswith(f"Environment {site.env} in us-west-2, 20")
+    assert queue == "queue      2 waiting, 1 in flight, 1 dead; the oldest for 90.0 s"
+    assert hour == "last hour  42 succeeded, 3 failed"
+    assert instances == "instances  1 there, 2 wanted (0 to 5): 1 busy; $2 an hour on demand"
+    assert re.fullmatch(
+        rf"  {machine.instance_id}  g5\.2xlarge   busy +[\d.]+ s  {job['job_id']} for \d.*, K采样器 \[2J 12 of 20",
+        one_line,
+    ), one_line
+    assert re.match(r"scaling    [\d.]+ s ago: AWS has no g5.2xlarge free in us-west-2a just now", scaling)
+
+
+def test_a_missing_permission_costs_its_line_only(
+    cloud: LocalCloud, fleet: tuple[Site, Machine], monkeypatch: pytest.MonkeyPatch, ours: Callable[[Site], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    site, machine = fleet
+    ours(site)
+    put_worker(site, machine.instance_id, [])
+    refused = {
+        "DescribeInstances": Fault(403, "UnauthorizedOperation"),
+        "GetMetricData": Fault(403, "AccessDenied"),
+        "DescribeScalingActivities": Fault(403, "AccessDenied"),
+    }
+    monkeypatch.setattr(cloud, "fault", lambda _, operation: refused.get(operation))
+    assert send_job.main(["--fleet"]) == 0
+    _, queue, hour, instances, one, *rest = capsys.readouterr().out.splitlines()
+    assert queue == "queue      0 waiting, 0 in flight, 0 dead"
+    assert hour == "last hour  not known"
+    assert instances == "instances  1 there, 1 wanted (0 to 5): 1 idle; $1.212 an hour on demand"
+    assert one == f"  {machine.instance_id}  g5.2xlarge   idle"
+    assert rest == [
+        "not seen   not allowed: cloudwatch:GetMetricData",
+        "not seen   not allowed: autoscaling:DescribeScalingActivities",
+        "not seen   not allowed: ec2:DescribeInstances",
+    ]
+    monkeypatch.setattr(cloud, "fault", lambda service, _: Fault(403, "AccessDenied") if service == "s3" else None)
+    assert send_job.main(["--fleet"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3] == "instances  1 there, 1 wanted (0 to 5): 1 in service; $1.212 an hour on demand"
+    assert lines[-1] == "not seen   not allowed: s3:GetObject"
+    monkeypatch.setattr(cloud, "fault", lambda *_: Fault(403, "AccessDenied"))
+    assert send_job.main(["--fleet"]) == 1
+
+
+def test_watching_prints_what_changes_where_nobody_can_see_it_redrawn(make_site: Callable[..., Site]) -> None:
+    site = make_site()
+    process = subprocess.Popen(
+        [sys.executable, "send_job.py", "--fleet", "--watch"],
+        cwd=site.folder,
+        env=site.environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        lines = [process.stdout.readline()]
+        site.send("x")
+        lines.append(process.stdout.readline())
+        process.send_signal(signal.SIGINT)
+        assert process.wait(LIMIT_S) == 130
+        assert process.stdout.read() == ""
+    finally:
+        process.kill()
+        process.wait()
+    group = "no group seen: scaling is off, or it is not allowed to look"
+    assert [line.partition(" ")[2] for line in lines] == [
+        f"0 waiting, 0 in flight, 0 dead; {group}\n",
+        f"1 waiting, 0 in flight, 0 dead; {group}\n",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("lifecycle", "health", "jobs", "begun", "state"),
+    [
+        ("Pending:Wait", "Healthy", [], False, "booting"),
+        ("InService", "Healthy", [], False, "booting"),
+        ("InService", "Healthy", [], True, "idle"),
+        ("InService", "Healthy", [{}], True, "busy"),
+        ("InService", "HEALTHY", [], None, "in service"),
+        ("InService", "Unhealthy", [{}], True, "unhealthy"),
+        ("Terminating:Wait", "Healthy", [{}], True, "leaving"),
+        ("Warmed:Stopped", "Healthy", [], True, "warm"),
+    ],
+)
+def test_an_instance_in_one_word(
+    lifecycle: str, health: str, jobs: list[Any], begun: bool | None, state: str
+) -> None:
+    assert send_job.state_of({"LifecycleState": lifecycle, "HealthStatus": health}, jobs, begun) == state
+
+
+# --- Dead jobs -------------------------------------------------------------------------------------------
+
+
+def dead(site: Site) -> list[str]:
+    """The bodies in the dead-letter queue, which stay there."""
+    messages = send_job.peek(site.sqs, site.dlq_url)
+    return [message["Body"] for message in messages]
+
+
+def test_a_dead_job_tells_its_story_and_can_be_sent_again(
+    cloud: LocalCloud, fleet: tuple[Site, Machine], ours: Callable[[Site], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    site, machine = fleet
+    ours(site)
+    arn = site.sqs.get_queue_attributes(QueueUrl=site.dlq_url, AttributeNames=["QueueArn"])["Attributes"]["QueueArn"]
+    policy = json.dumps({"deadLetterTargetArn": arn, "maxReceiveCount": 1})
+    site.sqs.set_queue_attributes(QueueUrl=site.queue_url, Attributes={"RedrivePolicy": policy})
+    job_id, refusing = new_job_id(), f"http://127.0.0.1:{free_port()}/"
+    body = json.dumps({"prompt": image_workflow(), "job_id": job_id, "callback_url": refusing})
+    site.send(body)
+    site.start_comfyui()
+    site.start_worker()
+    await_that("the job is dead", lambda: site.depth(site.dlq_url) == (1, 0))
+    await_that(
+        "the idle worker has left", lambda: group_of(cloud, f"{site.prefix}-{site.env}-asg")["Instances"] == []
+    )
+    capsys.readouterr()
+    assert send_job.main(["--dead"]) == 0
+    title, job, reason, result, log = capsys.readouterr().out.splitlines()
+    assert title == f"1 job in {site.prefix}-{site.env}-queue-dlq"
+    assert re.fullmatch(rf"  {job_id}  workflow, sent \d{{4}}-\d\d-\d\d \d\d:\d\d UTC", job)
+    assert re.match(rf"      attempt 1 of 3: the callback of job {job_id} failed: .*refused", reason)
+    assert result == "      its result is stored all the same, succeeded"
+    assert log == f"      s3://{site.bucket}/output/{machine.instance_id}/parse_job.log"
+    assert dead(site) == [body], "looking leaves it there, for all to see"
+
+    assert send_job.main(["--redrive"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == f"1 job sent back to {site.prefix}-{site.env}-queue"
+    assert dead(site) == []
+    (again,) = site.sqs.receive_message(QueueUrl=site.queue_url)["Messages"]
+    assert again["Body"] == body
+    assert group_of(cloud, f"{site.prefix}-{site.env}-asg")["DesiredCapacity"] == 1, "there is somebody to take it"
+
+
+def test_job_ids_stay_and_nothing_is_lost_when_dead_jobs_are_sent_back(
+    cloud: LocalCloud, make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch, ours: Callable[[Site], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    site = make_site()
+    ours(site)
+    own, workflow = new_job_id(), image_workflow()
+    bodies: list[Any] = [
+        workflow,
+        {"prompt": workflow},
+        {"exec_cmd": "true"},
+        {"prompt": workflow, "job_id": own},
+        [1],
+    ]
+    bodies += [{"prompt": image_workflow(n)} for n in range(15)]
+    ids = [site.sqs.send_message(QueueUrl=site.dlq_url, MessageBody=json.dumps(body))["MessageId"] for body in bodies]
+    monkeypatch.setattr(
+        cloud, "fault", lambda _, operation: Fault(400, "AccessDenied") if operation == "SendMessageBatch" else None
+    )
+    assert send_job.main(["--redrive"]) == 1
+    assert "10 jobs could not be sent back" in capsys.readouterr().err
+    assert (site.depth(), site.depth(site.dlq_url)) == ((0, 0), (20, 0)), "all can be received at once"
+    monkeypatch.setattr(send_job, "PEEK_S", 1)
+    monkeypatch.setattr(
+        cloud, "fault", lambda _, operation: Fault(400, "AccessDenied") if operation == "DeleteMessageBatch" else None
+    )
+    assert send_job.main(["--redrive"]) == 1
+    assert capsys.readouterr().err == "send_job.py: not allowed: sqs:DeleteMessageBatch\n"
+    assert site.depth() == (10, 0), "the first ten are in both queues"
+    monkeypatch.setattr(cloud, "fault", lambda *_: None)
+    site.sqs.purge_queue(QueueUrl=site.queue_url)
+    await_that("they can be received again", lambda: site.depth(site.dlq_url) == (20, 0))
+    assert send_job.main(["--redrive"]) == 0
+    assert site.depth(site.dlq_url) == (0, 0)
+    messages = send_job.peek(site.sqs, site.queue_url)
+    found = {message["Body"] for message in messages}
+    assert found == {
+        json.dumps({"prompt": workflow, "job_id": ids[0]}),
+        json.dumps({"prompt": workflow, "job_id": ids[1]}),
+        json.dumps({"exec_cmd": "true", "job_id": ids[2]}),
+        json.dumps({"prompt": workflow, "job_id": own}),
+        "[1]",
+        *(json.dumps(body | {"job_id": name}) for body, name in zip(bodies[5:], ids[5:], strict=True)),
+    }
+
+
+def test_dead_jobs_are_deleted_only_when_that_is_meant(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch, ours: Callable[[Site], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    site = make_site()
+    ours(site)
+    site.sqs.send_message(QueueUrl=site.dlq_url, MessageBody="x\x1b[2J")
+    asked: list[str] = []
+
+    def answer(text: str) -> Callable[[str], str]:
+        def give(question: str) -> str:
+            asked.append(question)
+            return text
+
+        return give
+
+    def close(_: str) -> str:
+        raise EOFError
+
+    for refusing in (answer(""), answer("yes"), close):
+        monkeypatch.setattr("builtins.input", refusing)
+        assert send_job.main(["--purge-dead"]) == 1
+        assert len(dead(site)) == 1
+    queue = f"{site.prefix}-{site.env}-queue-dlq"
+    assert asked == [f"1 job in {queue} will be lost. Type {site.env} to delete them: "] * 2
+    capsys.readouterr()
+    assert send_job.main(["--dead"]) == 0
+    _, job, reason = capsys.readouterr().out.splitlines()
+    assert "no job (the message is not JSON" in job
+    assert "no word of it in the logs" in reason
+    monkeypatch.setattr("builtins.input", answer(f" {site.env} "))
+    assert send_job.main(["--purge-dead"]) == 0
+    assert dead(site) == []
+
+    other = make_site()
+    ours(other)
+    other.sqs.send_message(QueueUrl=other.dlq_url, MessageBody="x")
+    monkeypatch.setattr("builtins.input", close)
+    assert send_job.main(["--purge-dead", "--yes"]) == 0
+    assert dead(other) == []
+    other.sqs.delete_queue(QueueUrl=other.dlq_url)
+    capsys.readouterr()
+    assert send_job.main(["--fleet"]) == 0
+    assert "no dead-letter queue" in capsys.readouterr().out
