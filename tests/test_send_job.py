@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import itertools
 import json
+import os
+import pty
+import re
 import signal
 import subprocess
 import sys
@@ -239,7 +242,8 @@ def test_bad_input_is_one_sentence_and_nothing_is_sent(
     "arguments",
     [["--count", "0"], ["--count", "x"], ["--exec-cmd", ""], ["--exec-cmd", "ls", "x.json"], ["--bogus"],
      ["--wait", "--direct", "127.0.0.1:9"], ["--timeout", "5"], ["--wait", "--timeout", "0"],
-     ["--wait", "--timeout", "nan"], ["--wait", "--timeout", "inf"]],
+     ["--wait", "--timeout", "nan"], ["--wait", "--timeout", "inf"], ["--save", "x"], ["--direct", "x:1", "--json"],
+     ["--status", "x"], ["--exec-cmd", "ls", "--status", "0f8fad5b-d9cb-469f-a165-70867728950e"]],
 )  # fmt: skip
 def test_misuse_shows_the_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -344,6 +348,13 @@ def store(site: Site, job_id: str, **more: Any) -> None:
     )
 
 
+def store_progress(site: Site, job_id: str, **more: Any) -> None:
+    """Say how far a job is, as a worker does."""
+    progress = {"job_id": job_id, "status": "running", "instance_id": "i-1", "node_id": "3", "node_title": "Sampler",
+                "nodes": 7, "nodes_done": 3, "max": 20, "updated_at": "2026-01-02T03:04:05.678Z"} | more  # fmt: skip
+    site.s3.put_object(Bucket=site.bucket, Key=f"output/{job_id}/progress.json", Body=json.dumps(progress).encode())
+
+
 def receipt(job_id: str, **more: Any) -> dict[str, Any]:
     timings = {"wait_s": 160.21, "run_s": 12.34}
     return {"job_id": job_id, "status": "succeeded", "outputs": [], "error": None, "timings": timings} | more
@@ -397,7 +408,7 @@ def test_the_time_limit_ends_the_waiting_only(make_site: Callable[..., Site]) ->
     assert ran.returncode == 3
     assert ran.stderr == (
         "send_job.py: not done after 0.2 s: 1 of 1 job had no result yet and goes on; "
-        f"look for it with: aws s3 cp s3://{site.bucket}/output/{job_id}/result.json -\n"
+        f"come back with: ./send_job.py --env {site.env} --wait --status {job_id}\n"
     )
     assert site.depth() == (1, 0)
 
@@ -410,7 +421,7 @@ def test_ctrl_c_ends_the_waiting_only(sending: Callable[..., tuple[Site, subproc
     assert process.returncode == 130
     assert err == (
         "send_job.py: interrupted: 2 of 2 jobs had no result yet and go on; "
-        f"look for them with: aws s3 cp s3://{site.bucket}/output/JOB_ID/result.json -\n"
+        f"come back with: ./send_job.py --env {site.env} --wait --status JOB_ID …\n"
     )
     assert site.depth() == (2, 0)
 
@@ -450,6 +461,94 @@ def test_jobs_that_were_sent_are_waited_for_when_others_could_not_be(
     assert said.out.endswith("1 of 1 job done\n")
 
 
+def test_results_can_be_saved_and_read_by_programs(busy_site: Site) -> None:
+    (busy_site.folder / "good.json").write_text(json.dumps(image_workflow()))
+    ran = busy_site.run("python", "send_job.py", "good.json", "--count", "2", "--wait", "--save", "saved", "--json")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    events = [json.loads(line) for line in ran.stdout.splitlines()]
+    sent = [event["job_id"] for event in events if event["event"] == "sent"]
+    results = {event["result"]["job_id"]: event["result"] for event in events if event["event"] == "result"}
+    assert results == {job_id: busy_site.result(job_id) for job_id in sent}
+    saved = {event["job_id"]: event["path"] for event in events if event["event"] == "saved"}
+    assert set(saved) == set(sent)
+    for job_id, path in saved.items():
+        assert path.startswith(f"saved/{job_id}/")
+        key = results[job_id]["outputs"][0]["s3_key"]
+        stored = busy_site.s3.get_object(Bucket=busy_site.bucket, Key=key)["Body"].read()
+        assert (busy_site.folder / path).read_bytes() == stored
+
+
+def test_files_that_cannot_be_saved_make_the_exit_code(
+    sending: Callable[..., tuple[Site, subprocess.Popen[str]]],
+) -> None:
+    site, process = sending("--exec-cmd", "true", "--count", "2", "--wait", "--save", "saved")
+    first, second = ids_of(read_until(process, "0 of 2 jobs done"))
+    store(site, first, outputs=[{"s3_key": f"output/{first}/gone.png"}])
+    store(site, second, outputs=[{"s3_key": f"output/{second}/../../evil"}])
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"the files of job {first} are not saved: An error occurred (404)" in err
+    assert f"the files of job {second} are not saved: 'output/{second}/../../evil' is no file of a job" in err
+    assert [path for path in (site.folder / "saved").rglob("*") if path.is_file()] == []
+    assert not (site.folder / "evil").exists()
+
+
+def test_the_status_of_jobs(sender_site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    site = sender_site
+    good, bad, running, unknown = (new_job_id() for _ in range(4))
+    store(site, good)
+    store(site, bad, status="failed", error={"message": "node 1 X: no"})
+    store_progress(site, running, value=12)
+    lines = {
+        good: f"Job {good} succeeded in 12.3 s, waited 160.2 s: 0 files",
+        bad: f"Job {bad} failed: node 1 X: no",
+        running: f"Job {running} is running: Sampler 12/20 (60 %), 3 of 7 nodes done, at 2026-01-02T03:04:05.678Z",
+        unknown: f"Job {unknown} has neither result nor progress: it waits, has just begun, or never was",
+    }
+    for job_ids, code in (([good], 0), ([bad], 1), ([good, running], 3), ([unknown], 3), ([running, bad], 1)):
+        assert send_job.main(["--status", *job_ids]) == code
+        said = capsys.readouterr()
+        assert (said.out.splitlines(), said.err) == ([lines[name] for name in job_ids], "")
+    assert send_job.main(["--status", good, "--wait", "--json"]) == 0
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert events == [
+        {"event": "result", "result": receipt(good)},
+        {"event": "info", "text": "1 of 1 job done"},
+    ]
+    assert site.depth() == (0, 0), "nothing is sent"
+
+
+def test_on_a_terminal_one_line_changes(make_site: Callable[..., Site]) -> None:
+    site = make_site()
+    controller, terminal = pty.openpty()
+    command = ["env", "--default-signal=INT", "COLUMNS=200", "python", "send_job.py", "--exec-cmd", "true", "--wait"]
+    process = subprocess.Popen(command, cwd=site.folder, env=site.environment(), stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    shown = ""
+
+    def read_on(words: str) -> str:
+        """Read until it shows this; returns all it has shown."""
+        nonlocal shown
+        while words not in shown:
+            shown += os.read(controller, 4096).decode()
+        return shown
+
+    try:
+        job_id = re.search(r"successfully: (\S+)", read_on("waiting, about 0 ahead"))
+        assert job_id
+        store_progress(site, job_id[1], value=10)
+        read_on("\r\x1b[Krunning: Sampler 10/20 (50 %), 3 of 7 nodes done\r")
+        store_progress(site, job_id[1], value=15)
+        read_on("\r\x1b[Krunning: Sampler 15/20 (75 %), 3 of 7 nodes done, about ")
+        process.send_signal(signal.SIGINT)
+        read_on("come back with: ./send_job.py")
+        assert process.wait(60) == 130
+    finally:
+        process.kill()
+        process.wait()
+        os.close(controller)
+
+
 # --- Many at once ----------------------------------------------------------------------------------------
 
 
@@ -459,7 +558,7 @@ def sender_site(make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch)
     site = make_site()
     for name, value in site.environment().items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(send_job, "load_settings", lambda _: load_settings(None, site.folder / "env"))
+    monkeypatch.setattr(send_job, "load_settings", lambda _=None: load_settings(site.env, site.folder / "env"))
     return site
 
 
@@ -570,6 +669,87 @@ def test_importing_it_imports_nothing_of_aws_nor_of_the_command_line() -> None:
     program = f"import sys, send_job; print([name for name in {slow} if name in sys.modules])"
     ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ran.stdout == "[]\n"
+
+
+# --- From business code ----------------------------------------------------------------------------------
+
+
+def test_business_code_sends_waits_and_downloads(busy_site: Site) -> None:
+    program = """
+import asyncio, json, send_job
+
+good = json.load(open("good.json"))
+job_id = send_job.submit(good)
+result = send_job.wait(job_id, timeout=80)
+assert result == send_job.result(job_id), result
+(path,) = send_job.download(result, "mine")
+assert path.read_bytes().startswith(b"\\x89PNG")
+try:
+    send_job.wait(send_job.submit_command("exit 3"), timeout=80)
+except send_job.JobFailed as failed:
+    assert failed.error["kind"] == "command_refused", failed.error
+    assert failed.result["error"] == failed.error
+    assert failed.error["message"] in str(failed)
+
+async def together():
+    ticks = 0
+    waiting = asyncio.gather(*(asyncio.to_thread(send_job.wait, send_job.submit(good)) for _ in range(2)))
+    while not waiting.done():
+        ticks += 1
+        await asyncio.sleep(0.01)
+    return await waiting, ticks
+
+results, ticks = asyncio.run(together())
+assert [result["status"] for result in results] == ["succeeded"] * 2
+assert ticks > 3, ticks
+print("all is well")
+"""
+    (busy_site.folder / "good.json").write_text(json.dumps(image_workflow(0.5)))
+    ran = busy_site.run("python", "-c", program)
+    assert (ran.stdout, ran.stderr) == ("all is well\n", "")
+
+
+def test_progress_is_told_once_and_waiting_ends_with_the_receipt(sender_site: Site) -> None:
+    job_id = new_job_id()
+    store_progress(sender_site, job_id, value=5)
+    heard: list[float] = []
+
+    def note(progress: send_job.JobProgress) -> None:
+        heard.append(progress["value"])
+        if progress["value"] == 5:
+            store_progress(sender_site, job_id, value=6)
+        else:
+            store(sender_site, job_id)
+
+    assert send_job.wait(job_id, on_progress=note, timeout=80) == receipt(job_id)
+    assert heard == [5, 6]
+
+
+@pytest.mark.usefixtures("sender_site")
+def test_a_wait_that_takes_too_long_is_a_timeout() -> None:
+    job_id = new_job_id()
+    assert send_job.result(job_id) is None
+    with pytest.raises(TimeoutError, match=r"1 job had no result after 0\.1 s"):
+        send_job.wait(job_id, timeout=0.1)
+
+
+@pytest.mark.parametrize("call", [send_job.wait, send_job.result, send_job.cancel])
+def test_what_is_no_job_id_becomes_no_key(call: Callable[[str], object]) -> None:
+    with pytest.raises(InvalidMessageError, match=r"'\.\./x' is no job id"):
+        call("../x")
+
+
+@pytest.mark.parametrize("key", ["", "output/", "output/x", "input/x/y", "output/../y", "output/x//y", "output/x/..", "/output/x/y"])  # fmt: skip
+def test_a_key_that_is_no_file_of_a_job_is_not_saved(key: str) -> None:
+    with pytest.raises(ValueError, match="is no file of a job"):
+        send_job.local_parts(key)
+    assert send_job.local_parts("output/x/y z/ü.png") == ["x", "y z", "ü.png"]
+
+
+def test_cancelling_leaves_word_for_the_worker(sender_site: Site) -> None:
+    job_id = new_job_id()
+    send_job.cancel(job_id)
+    assert sender_site.keys("input/") == [f"input/jobs/{job_id}.cancel"]
 
 
 # --- Waiting: receipts -----------------------------------------------------------------------------------
