@@ -15,6 +15,7 @@ import copy
 import json
 import math
 import random
+import re
 import shutil
 import sys
 import time
@@ -69,16 +70,23 @@ def submit(
     *,
     job_id: str | None = None,
     callback_url: str | None = None,
+    check: bool = True,
     env: str | None = None,
 ) -> str:
     """Send one API-format workflow to the fleet, raise its capacity, and return the job id.
 
     The result will stand in s3://<bucket>/output/<job_id>/result.json. `env` names another environment
-    than the settings file does; `callback_url` is POSTed the result. Raises InvalidWorkflowError,
-    SettingsError, and what boto3 raises when the message could not be sent. A capacity that could not
-    be raised is no error: the job is on the queue, and the fleet's other nets start an instance.
+    than the settings file does; `callback_url` is POSTed the result. The workflow is checked against the
+    nodes and models of the fleet, where they are known, unless `check` is False: WorkflowProblemsError names
+    all that ComfyUI would refuse, and what it may refuse, or drop, becomes a Python warning. Raises
+    InvalidWorkflowError, SettingsError, and what boto3 raises when the message could not be sent. A capacity
+    that could not be raised is no error: the job is on the queue, and the fleet's other nets start an instance.
     """
-    return _submit({"prompt": check_workflow(workflow)}, job_id, callback_url, env)
+    sender = Sender(load_settings(env))
+    body = {"prompt": check_workflow(workflow)}
+    if check:
+        warn_of(FleetCheck(sender.settings).check(workflow))
+    return _submit(sender, body, job_id, callback_url)
 
 
 def submit_command(
@@ -89,7 +97,7 @@ def submit_command(
     env: str | None = None,
 ) -> str:
     """Send a shell command, as `submit` sends a workflow. Workers refuse it outside ENV=base by default."""
-    return _submit({"exec_cmd": command}, job_id, callback_url, env)
+    return _submit(Sender(load_settings(env)), {"exec_cmd": command}, job_id, callback_url)
 
 
 def submit_many(
@@ -97,6 +105,7 @@ def submit_many(
     *,
     job_ids: Sequence[str] | None = None,
     callback_url: str | None = None,
+    check: bool = True,
     env: str | None = None,
 ) -> list[str]:
     """Send many workflows, as `submit` sends one, and return their ids in the same order.
@@ -115,6 +124,13 @@ def submit_many(
     if not bodies:
         return []
     sender = Sender(load_settings(env))
+    if check:
+        fleet = FleetCheck(sender.settings)
+        for number, body in enumerate(bodies, 1):
+            try:
+                warn_of(fleet.check(body["prompt"]))
+            except WorkflowProblemsError as error:
+                raise WorkflowProblemsError(f"workflow {number}", error.problems) from None
     try:
         sent = sender.send_many(bodies, job_ids, callback_url)
     except NotAllSentError as error:
@@ -246,6 +262,28 @@ class JobFailed(Exception):  # noqa: N818
         self.error = error
 
 
+class Problem(NamedTuple):
+    """One thing about a workflow that the fleet's ComfyUI refuses, or may refuse where `certain` is False."""
+
+    node_id: str | None
+    title: str | None
+    text: str
+    remedy: str
+    certain: bool = True
+
+    def __str__(self) -> str:
+        node = f"node {self.node_id} {self.title}: " if self.node_id else ""
+        return f"{node}{self.text}: {self.remedy}"
+
+
+class WorkflowProblemsError(InvalidWorkflowError):
+    """The fleet's ComfyUI would refuse this workflow; `problems` is all that is wrong with it."""
+
+    def __init__(self, what: str, problems: Sequence[Problem]) -> None:
+        super().__init__(f"{what} cannot run on the fleet: " + "; ".join(map(str, problems)))
+        self.problems = problems
+
+
 class WaitTimeoutError(TimeoutError):
     """Jobs had no result yet when the time was up."""
 
@@ -262,8 +300,7 @@ class NotAllSentError(Exception):
         self.reason = reason
 
 
-def _submit(body: dict[str, Any], job_id: str | None, callback_url: str | None, env: str | None) -> str:
-    sender = Sender(load_settings(env))
+def _submit(sender: Sender, body: dict[str, Any], job_id: str | None, callback_url: str | None) -> str:
     job_id = sender.send(body, job_id, callback_url)
     sender.raise_capacity(1)
     return job_id
@@ -650,6 +687,252 @@ def tell_progress(progress: JobProgress) -> str:
     return ", ".join(words)
 
 
+# --- Check before a GPU is paid for ----------------------------------------------------------------------
+#
+# What ComfyUI's own validation would say (execution.py, validate_prompt and validate_inputs), from /object_info, which
+# tells each node's inputs but not whether a node validates some of them in its own way. So what custom nodes are given
+# is doubted only, and so is all about types that are made at run time.
+
+NODES_KEY = "output/object_info.json.gz"
+"""Where the answer of the fleet's ComfyUI to GET /object_info lies in the bucket."""
+NODES_AGE_S = 60.0
+"""So long it is believed without asking S3 whether it has changed."""
+
+_nodes_read: dict[str, tuple[float, str, dict[str, Any]]] = {}  # bucket -> when, ETag, what was in it
+
+
+class FleetCheck:
+    """Checks workflows against what is installed on one environment's fleet."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.bucket = settings.s3_bucket
+        self.s3 = aws_client("s3", settings.region)
+        self.nodes = read_nodes(self.s3, self.bucket)
+        """The fleet's /object_info; None where it is not known, and then nothing is found."""
+        self._names: set[str] | None = None
+
+    def check(self, workflow: Workflow) -> list[Problem]:
+        """Raise WorkflowProblemsError if ComfyUI would refuse it; return what may go wrong otherwise."""
+        problems = find_problems(workflow, self.nodes, self.may_have) if self.nodes else []
+        refused = [problem for problem in problems if problem.certain]
+        if refused:
+            raise WorkflowProblemsError("this workflow", refused)
+        return problems
+
+    def may_have(self, file: str) -> bool:
+        """Whether the bucket may have this model or input by now: what is known of the fleet may be old."""
+        name = "/" + re.sub(r" \[\w+\]$", "", file).replace("\\", "/")
+        try:
+            if self._names is None:
+                pages = self.s3.get_paginator("list_objects_v2").paginate
+                self._names = {
+                    item["Key"]
+                    for prefix in ("models/", "input/")
+                    for page in pages(Bucket=self.bucket, Prefix=prefix)
+                    for item in page.get("Contents", [])
+                }
+        except Exception:
+            return True
+        return any(key.endswith(name) for key in self._names)
+
+
+def read_nodes(s3: Any, bucket: str) -> dict[str, Any] | None:
+    """The fleet's /object_info; None where it is not stored or cannot be read, which is no reason not to send."""
+    import gzip
+
+    now = time.monotonic()
+    read_at, tag, nodes = _nodes_read.get(bucket, (-math.inf, "", None))
+    if now - read_at < NODES_AGE_S:
+        return nodes
+    try:
+        answer = s3.get_object(Bucket=bucket, Key=NODES_KEY, **({"IfNoneMatch": tag} if tag else {}))
+        tag, nodes = answer["ETag"], dict(json.loads(gzip.decompress(answer["Body"].read())))
+    except Exception as error:
+        if error_code(error) not in ("304", "NotModified"):
+            _nodes_read.pop(bucket, None)
+            return None
+    if nodes is not None:
+        _nodes_read[bucket] = now, tag, nodes
+    return nodes
+
+
+def find_problems(workflow: Workflow, nodes: dict[str, Any], may_have: Callable[[str], bool]) -> list[Problem]:
+    """What ComfyUI finds wrong, `certain` only where it refuses the workflow because of it.
+
+    It looks at nodes that an output node depends on; as long as one output is left it drops the others. `nodes` is
+    its /object_info, and `may_have` says whether a file that is not in there may be there after all.
+    """
+    unknown = [
+        _problem(
+            node_id, node, f"there is no node {node['class_type']}",
+            f"{_closest(node['class_type'], list(nodes))}install it on the base machine and run create_env.sh again",
+        )
+        for node_id, node in workflow.items()
+        if node["class_type"] not in nodes
+    ]  # fmt: skip
+    if unknown:  # wherever it stands
+        return unknown
+    outputs = [node_id for node_id, node in workflow.items() if nodes[node["class_type"]].get("output_node")]
+    if not outputs:
+        return [Problem(None, None, "it has no output node", "add one that saves something, such as SaveImage")]
+    branches = [_upstream(output, workflow, nodes) for output in outputs]
+    found = {
+        node_id: list(_problems_of(node_id, workflow, nodes, may_have))
+        for node_id in dict.fromkeys(node_id for branch in branches for node_id in branch)
+    }
+    is_left = any(not any(problem.certain for node_id in branch for problem in found[node_id]) for branch in branches)
+    problems = [problem for node_problems in found.values() for problem in node_problems]
+    return [problem._replace(certain=False) for problem in problems] if is_left else problems
+
+
+def _upstream(output: str, workflow: Workflow, nodes: dict[str, Any]) -> list[str]:
+    """The output node and all it depends on, by inputs that its nodes know."""
+    found, seen = [output], {output}
+    for node_id in found:
+        for _, _, _, value in _inputs_of(workflow[node_id], nodes):
+            source = value[0] if isinstance(value, list) and len(value) == 2 else None
+            if isinstance(source, str) and source in workflow and source not in seen:
+                found.append(source)
+                seen.add(source)
+    return found
+
+
+def _inputs_of(node: dict[str, Any], nodes: dict[str, Any]) -> Iterator[tuple[str, Any, dict[str, Any], Any]]:
+    """Each input that the node knows: name, type (a list: the values it may have), options, and its value or MISSING.
+
+    Of optional ones only those that are there. Inputs that the node does not know are ignored, as ComfyUI does.
+    """
+    known, given = nodes[node["class_type"]].get("input") or {}, node.get("inputs", {})
+    for category in ("required", "optional"):
+        for name, config in (known.get(category) or {}).items():
+            if not (isinstance(config, list) and config):
+                continue
+            options = config[1] if len(config) > 1 and isinstance(config[1], dict) else {}
+            if name in given or category == "required":
+                yield name, config[0], options, given.get(name, MISSING)
+
+
+MISSING = object()
+
+
+def _problems_of(
+    node_id: str, workflow: Workflow, nodes: dict[str, Any], may_have: Callable[[str], bool]
+) -> Iterator[Problem]:
+    node = workflow[node_id]
+    ours = _validates_alike(nodes[node["class_type"]])
+    for name, kind, options, value in _inputs_of(node, nodes):
+        if str(kind).startswith("COMFY_"):  # its inputs depend on others
+            continue
+        if value is MISSING:
+            yield _problem(node_id, node, f"{name} is missing", "connect it or give it a value")
+        elif isinstance(value, list):
+            yield from _problems_of_link(node_id, name, kind, value, workflow, nodes)
+        else:
+            plain = value["__value__"] if isinstance(value, dict) and "__value__" in value else value
+            trouble = _trouble_with(name, kind, options, plain, may_have, ours=ours)
+            if trouble:
+                text, remedy, certain = trouble
+                yield _problem(node_id, node, text, remedy, certain=certain)
+
+
+def _problems_of_link(
+    node_id: str, name: str, kind: Any, link: list[Any], workflow: Workflow, nodes: dict[str, Any]
+) -> Iterator[Problem]:
+    node = workflow[node_id]
+    if len(link) != 2:
+        yield _problem(node_id, node, f"{name} is no link", 'write ["node id", number of its output]')
+        return
+    source, slot = link
+    if not isinstance(source, str) or source not in workflow:
+        have = ", ".join(list(workflow)[:20])
+        yield _problem(node_id, node, f"{name} links to node {source}, which is not there", f"the nodes are {have}")
+        return
+    info = nodes[workflow[source]["class_type"]]
+    made = info.get("output") or []
+    alike = _validates_alike(info)
+    if not isinstance(slot, int) or not -len(made) <= slot < len(made):
+        text = f"{name} links to output {slot} of node {source}, which has {count(len(made), 'output')}"
+        yield _problem(node_id, node, text, "count its outputs from 0", certain=alike)
+        return
+    types = [set(re.split(r"\s*,\s*", one)) if isinstance(one, str) else set() for one in (made[slot], kind)]
+    doubt = "*" in types[0] | types[1] or not all(types) or any(one.startswith("COMFY_") for one in types[0])
+    if not doubt and not types[0] & types[1]:
+        text = f"{name} is {kind}, but output {slot} of node {source} is {made[slot]}"
+        certain = alike and _validates_alike(nodes[node["class_type"]])
+        yield _problem(node_id, node, text, f"link it to an output that is {kind}", certain=certain)
+
+
+def _trouble_with(
+    name: str, kind: Any, options: dict[str, Any], value: Any, may_have: Callable[[str], bool], *, ours: bool
+) -> tuple[str, str, bool] | None:
+    """What is wrong with a value, what helps, and whether that is certain; None if nothing is."""
+    number = value
+    if kind in ("INT", "FLOAT"):
+        try:
+            number = int(value) if kind == "INT" else float(value)
+        except (TypeError, ValueError, OverflowError):
+            return f"{name} is {value!r:.80}", f"give {'a whole number' if kind == 'INT' else 'a number'}", True
+    if isinstance(number, int | float) and kind not in ("STRING", "BOOLEAN"):
+        low, high = options.get("min", -math.inf), options.get("max", math.inf)
+        is_range = isinstance(low, int | float) and isinstance(high, int | float)
+        if is_range and (number < low or number > high):
+            return f"{name} is {number}", f"give a number from {low} to {high}", ours
+    allowed = kind if isinstance(kind, list) else options.get("options") if kind == "COMBO" else None
+    if not isinstance(allowed, list) or value in allowed:
+        return None
+    certain = ours and kind != "COMBO"  # which older servers do not look at
+    if not (isinstance(value, str) and re.search(r"\.\w{2,12}(?: \[\w+\])?$", value)):
+        have = ", ".join(map(str, allowed[:20])) or "nothing"
+        return f"{name} is {value!r:.80}", f"{_closest(value, allowed)}it may be {have}", certain
+    if may_have(value):
+        return None
+    where = "models/, in the folder of its kind"
+    if value.endswith((".latent", "]")) or any(option.endswith("_upload") for option in options):
+        # ComfyUI looks for such a file itself, and lists only those that lie in input/ and are of a kind.
+        certain = certain and not re.search(r"[/\\\]]", value) and _is_media(value)
+        where = "input/"
+    remedy = f"{_closest(value, allowed)}put it into the bucket's {where}"
+    return f"{name} {value!r:.200} is not installed", remedy, certain
+
+
+def _is_media(file: str) -> bool:
+    from mimetypes import guess_type
+
+    return str(guess_type(file)[0]).startswith(("image/", "video/", "audio/"))
+
+
+def _validates_alike(info: dict[str, Any]) -> bool:
+    """Whether a node is one of ComfyUI's own, of which we know that it validates values no other way than by its inputs."""
+    return not str(info.get("python_module", "")).startswith(("custom_nodes", "comfy_api_nodes"))
+
+
+def _closest(name: Any, names: list[Any]) -> str:
+    from difflib import get_close_matches
+
+    found = get_close_matches(str(name), list(map(str, names)))
+    return (
+        f"the closest is {found[0]}, or "
+        if len(found) == 1
+        else f"the closest are {', '.join(found)}, or "
+        if found
+        else ""
+    )
+
+
+def _problem(node_id: str, node: dict[str, Any], text: str, remedy: str, *, certain: bool = True) -> Problem:
+    meta = node.get("_meta")
+    title = meta.get("title") if isinstance(meta, dict) else None
+    return Problem(node_id, title or node["class_type"], text, remedy, certain)
+
+
+def warn_of(problems: Sequence[Problem]) -> None:
+    """Say what may go wrong as Python warnings."""
+    import warnings
+
+    for problem in problems:
+        warnings.warn(str(problem), stacklevel=3)
+
+
 # --- Workflows -------------------------------------------------------------------------------------------
 
 
@@ -944,6 +1227,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help="change an input, such as 6.text='a red fox'; may be repeated")  # fmt: skip
     parser.add_argument("--count", type=int, default=1, metavar="N", help="send N jobs, each with a fresh seed")
     parser.add_argument("--env", metavar="NAME", help="the environment, instead of ENV in the settings")
+    parser.add_argument("--check", action="store_true",
+                        help="send nothing, but say what the fleet's ComfyUI would refuse; exits with 1 then")  # fmt: skip
+    parser.add_argument("--no-check", action="store_true", help="send without that check")
     parser.add_argument("--exec-cmd", metavar="CMD", help="send a shell command instead of a workflow")
     parser.add_argument("--callback-url", metavar="URL", help="POST the result there")
     parser.add_argument("--wait", action="store_true",
@@ -974,6 +1260,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     for job_id in parsed.status or []:
         if not is_job_id(job_id):
             parser.error(f"--status {job_id:.60}: job ids are lowercase UUIDs, as printed when a job is sent")
+    if parsed.check and (
+        parsed.no_check or parsed.wait or parsed.direct or parsed.status or parsed.exec_cmd is not None
+    ):
+        parser.error(
+            "--check only checks a workflow: leave out --no-check, --wait, --direct, --status and --exec-cmd"
+        )
     if parsed.save and not (parsed.wait or parsed.status or parsed.direct):
         parser.error("--save needs results: add --wait")
     if parsed.timeout is not None and not parsed.wait:
@@ -993,6 +1285,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.direct:
             return run_direct(options.direct, [body["prompt"] for body in bodies], options.save or Path("output"))
         sender = Sender(load_settings(options.env))
+        if options.check:
+            return run_check(sender.settings, bodies[0]["prompt"], teller)
+        if "prompt" in (bodies or [{}])[0] and not options.no_check:  # they differ in their seeds only
+            for problem in FleetCheck(sender.settings).check(bodies[0]["prompt"]):
+                print(f"send_job.py: {problem}", file=sys.stderr)
+    except WorkflowProblemsError as error:
+        print(f"send_job.py: this workflow cannot run on {sender.settings.env}, and was not sent:", file=sys.stderr)
+        print(*error.problems, sep="\n", file=sys.stderr)
+        return 2
     except (InvalidMessageError, SettingsError) as error:
         print(f"send_job.py: {error}", file=sys.stderr)
         return 2
@@ -1008,6 +1309,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     job_ids, code = (options.status, 0) if options.status else run_send(sender, bodies, options.callback_url, teller)
     if options.wait and job_ids:
         return run_wait(sender, job_ids, options.timeout, teller, options.save) or code
+    return code
+
+
+def run_check(settings: Settings, workflow: Workflow, teller: Teller) -> int:
+    """Say what is wrong with a workflow; returns 1 when the fleet's ComfyUI would refuse it."""
+    fleet = FleetCheck(settings)
+    if fleet.nodes is None:
+        teller.line(
+            f"Its format is right; what {settings.env} has installed is not known: {NODES_KEY} cannot be read"
+        )
+        return 0
+    try:
+        problems, code = fleet.check(workflow), 0
+    except WorkflowProblemsError as error:
+        problems, code = list(error.problems), 1
+    for problem in problems:
+        teller.event("problem", f"{'' if problem.certain else 'Perhaps: '}{problem}", **problem._asdict())
+    teller.line(f"{settings.env} would refuse this workflow" if code else f"{settings.env} can run this workflow")
     return code
 
 
