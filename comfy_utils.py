@@ -247,6 +247,11 @@ def large_workflow_key(job_id: str) -> str:
     return f"input/jobs/{job_id}.json"
 
 
+def cancel_key(job_id: str) -> str:
+    """The S3 key of the empty object that asks for a job not to be run."""
+    return f"input/jobs/{job_id}.cancel"
+
+
 def check_workflow(workflow: object) -> Workflow:
     """Return `workflow` if it has the API format, else raise InvalidWorkflowError."""
     if isinstance(workflow, dict) and "nodes" in workflow and "links" in workflow:

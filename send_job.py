@@ -1,7 +1,12 @@
 #!/usr/bin/env python3
-"""Submits jobs: import `submit` into business code, or use the command line (`send_job.py --help`).
+"""Submits jobs and fetches their results: from business code by `import send_job`, or from the command line
+(`send_job.py --help`).
 
-Works when copied elsewhere with only comfy_utils.py and `env` (and the demo workflow) beside it.
+    job_id = send_job.submit(workflow)
+    result = send_job.wait(job_id, timeout=3600)
+    paths = send_job.download(result, "pictures")
+
+All calls block; in asyncio `await asyncio.to_thread(send_job.wait, job_id)` does not. Works when copied elsewhere with only comfy_utils.py and `env` (and the demo workflow) beside it.
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ import json
 import math
 import random
 import re
+import shutil
 import sys
 import time
 from collections import Counter, deque
@@ -20,7 +26,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NotRequired, TypedDict
 
 from comfy_utils import (
     HERE,
@@ -37,6 +43,7 @@ from comfy_utils import (
     Workflow,
     WorkflowRefusedError,
     aws_client,
+    cancel_key,
     capacity_problem,
     check_workflow,
     error_code,
@@ -59,8 +66,8 @@ if TYPE_CHECKING:
 
 DEMO_WORKFLOW = HERE / "simple_workflow.json"
 
-Result = dict[str, Any]
-"""A job's result.json; its shape is in the README."""
+
+# --- For business code -----------------------------------------------------------------------------------
 
 
 def submit(
@@ -68,16 +75,23 @@ def submit(
     *,
     job_id: str | None = None,
     callback_url: str | None = None,
+    check: bool = True,
     env: str | None = None,
 ) -> str:
     """Send one API-format workflow to the fleet, raise its capacity, and return the job id.
 
     The result will stand in s3://<bucket>/output/<job_id>/result.json. `env` names another environment
-    than the settings file does; `callback_url` is POSTed the result. Raises InvalidWorkflowError,
-    SettingsError, and what boto3 raises when the message could not be sent. A capacity that could not
-    be raised is no error: the job is on the queue, and the fleet's other nets start an instance.
+    than the settings file does; `callback_url` is POSTed the result. The workflow is checked against the
+    nodes and models of the fleet, where they are known, unless `check` is False: WorkflowProblemsError names
+    all that ComfyUI would refuse, and what it may refuse, or drop, becomes a Python warning. Raises
+    InvalidWorkflowError, SettingsError, and what boto3 raises when the message could not be sent. A capacity
+    that could not be raised is no error: the job is on the queue, and the fleet's other nets start an instance.
     """
-    return _submit({"prompt": check_workflow(workflow)}, job_id, callback_url, env)
+    sender = Sender(load_settings(env))
+    body = {"prompt": check_workflow(workflow)}
+    if check:
+        warn_of(FleetCheck(sender.settings).check(workflow))
+    return _submit(sender, body, job_id, callback_url)
 
 
 def submit_command(
@@ -88,7 +102,7 @@ def submit_command(
     env: str | None = None,
 ) -> str:
     """Send a shell command, as `submit` sends a workflow. Workers refuse it outside ENV=base by default."""
-    return _submit({"exec_cmd": command}, job_id, callback_url, env)
+    return _submit(Sender(load_settings(env)), {"exec_cmd": command}, job_id, callback_url)
 
 
 def submit_many(
@@ -96,6 +110,7 @@ def submit_many(
     *,
     job_ids: Sequence[str] | None = None,
     callback_url: str | None = None,
+    check: bool = True,
     env: str | None = None,
 ) -> list[str]:
     """Send many workflows, as `submit` sends one, and return their ids in the same order.
@@ -114,6 +129,13 @@ def submit_many(
     if not bodies:
         return []
     sender = Sender(load_settings(env))
+    if check:
+        fleet = FleetCheck(sender.settings)
+        for number, body in enumerate(bodies, 1):
+            try:
+                warn_of(fleet.check(body["prompt"]))
+            except WorkflowProblemsError as error:
+                raise WorkflowProblemsError(f"workflow {number}", error.problems) from None
     try:
         sent = sender.send_many(bodies, job_ids, callback_url)
     except NotAllSentError as error:
@@ -122,6 +144,153 @@ def submit_many(
         raise
     sender.raise_capacity(len(sent))
     return sent
+
+
+def wait(
+    job_id: str,
+    *,
+    timeout: float | None = None,
+    on_progress: Callable[[JobProgress], None] | None = None,
+    env: str | None = None,
+) -> JobResult:
+    """Wait until the job has succeeded, and return its result.
+
+    `on_progress` is called with each news of the running job; they come every five seconds at most. Raises JobFailed
+    when it failed, WaitTimeoutError (a TimeoutError) after `timeout` seconds, and what boto3 raises when results
+    cannot be read; what passes, such as a broken line, is waited through. The job itself goes on in any case. One
+    look for a result is one S3 request, every half a second at first and every five seconds later. Without a timeout
+    a job that went to the dead-letter queue, which gets no result, is waited for without end.
+    """
+    s3, bucket = _bucket(job_id, env)
+    last: JobProgress | None = None
+
+    def look_for_progress() -> None:
+        nonlocal last
+        progress = read_progress(s3, bucket, job_id) if on_progress else None
+        if on_progress and progress and progress != last:
+            last = progress
+            on_progress(progress)
+
+    (ended,) = wait_for(s3, bucket, [job_id], timeout_s=timeout, after_round=look_for_progress)
+    if ended["error"]:
+        raise JobFailed(ended, ended["error"])
+    return ended
+
+
+def result(job_id: str, *, env: str | None = None) -> JobResult | None:
+    """The job's result, also that of a failed one; None while it has none. Raises what boto3 raises."""
+    return read_result(*_bucket(job_id, env), job_id)
+
+
+def download(result: JobResult, folder: str | Path) -> list[Path]:
+    """Save the files of a job in `folder`/<job_id>/ and return their paths. Raises OSError and what boto3 raises."""
+    return download_files(*_bucket(result["job_id"], result["env"]), result, Path(folder))
+
+
+def cancel(job_id: str, *, env: str | None = None) -> None:
+    """Ask for the job not to be run: the worker drops it when its turn comes, or interrupts it. `wait` then raises
+    JobFailed, whose error's kind is `cancelled`; a job that has its result keeps it. Raises what boto3 raises."""
+    s3, bucket = _bucket(job_id, env)
+    s3.put_object(Bucket=bucket, Key=cancel_key(job_id))
+
+
+class JobResult(TypedDict):
+    """A job's result: what stands in its result.json."""
+
+    job_id: str
+    status: Literal["succeeded", "failed"]
+    env: str
+    instance_id: str
+    attempt: int
+    outputs: list[JobOutput]
+    values: dict[str, dict[str, Any]]
+    """Outputs that are not files, such as text: node id -> name -> list."""
+    warnings: list[str]
+    error: JobError | None
+    timings: JobTimings
+
+
+class JobOutput(TypedDict):
+    """A file that a job made; `kind` is images, gifs, audio, …, `type` output or temp."""
+
+    node_id: str | None
+    """None for a file that the history does not name, such as a saved checkpoint."""
+    kind: str
+    filename: str
+    subfolder: str
+    type: str
+    s3_key: str
+
+
+class JobError(TypedDict):
+    """Why a job failed: what kind of error it is, and one sentence for people."""
+
+    kind: str
+    message: str
+    node_id: str | None
+    node_type: str | None
+    node_errors: dict[str, Any]
+    detail: str | None
+
+
+class JobTimings(TypedDict):
+    """When it was, in ISO 8601, and how long it waited and ran, in seconds."""
+
+    sent_at: str
+    started_at: str
+    finished_at: str
+    wait_s: float
+    run_s: float
+
+
+class JobProgress(TypedDict):
+    """How far a running job is; `value` and `max` are the steps of a node that counts some."""
+
+    job_id: str
+    status: Literal["running"]
+    instance_id: str
+    node_id: NotRequired[str]
+    node_title: str | None
+    nodes: int
+    nodes_done: NotRequired[int]
+    value: NotRequired[float]
+    max: NotRequired[float]
+    updated_at: str
+
+
+class JobFailed(Exception):  # noqa: N818
+    """The job failed. `error` says why, `result` is all of its result."""
+
+    def __init__(self, result: JobResult, error: JobError) -> None:
+        super().__init__(f"job {result['job_id']} failed: {error['message']}")
+        self.result = result
+        self.error = error
+
+
+class Problem(NamedTuple):
+    """One thing about a workflow that the fleet's ComfyUI refuses, or may refuse where `certain` is False."""
+
+    node_id: str | None
+    title: str | None
+    text: str
+    remedy: str
+    certain: bool = True
+
+    def __str__(self) -> str:
+        node = f"node {self.node_id} {self.title}: " if self.node_id else ""
+        return f"{node}{self.text}: {self.remedy}"
+
+
+class WorkflowProblemsError(InvalidWorkflowError):
+    """The fleet's ComfyUI would refuse this workflow; `problems` is all that is wrong with it."""
+
+    def __init__(self, what: str, problems: Sequence[Problem]) -> None:
+        super().__init__(f"{what} cannot run on the fleet: " + "; ".join(map(str, problems)))
+        self.problems = problems
+
+
+class WaitTimeoutError(TimeoutError):
+    """Jobs had no result yet when the time was up."""
 
 
 class NotAllSentError(Exception):
@@ -136,12 +305,21 @@ class NotAllSentError(Exception):
         self.reason = reason
 
 
-def _submit(body: dict[str, Any], job_id: str | None, callback_url: str | None, env: str | None) -> str:
-    sender = Sender(load_settings(env))
+def _submit(sender: Sender, body: dict[str, Any], job_id: str | None, callback_url: str | None) -> str:
     job_id = sender.send(body, job_id, callback_url)
     sender.raise_capacity(1)
     return job_id
 
+
+def _bucket(job_id: str, env: str | None) -> tuple[Any, str]:
+    """An S3 client and the bucket's name, for a job whose id may be part of a key."""
+    if not is_job_id(job_id):
+        raise InvalidMessageError(f"{job_id!r:.60} is no job id: they are lowercase UUIDs")
+    settings = load_settings(env)
+    return aws_client("s3", settings.region), settings.s3_bucket
+
+
+# --- Sending ---------------------------------------------------------------------------------------------
 
 REQUESTS_AT_ONCE = 8
 BATCH_TRIES = 4
@@ -312,18 +490,49 @@ FLEET_LOOK_S = 15.0
 """Between two looks at queue and group."""
 
 
-class WaitTimeoutError(Exception):
-    """Jobs had no receipt yet when the time was up."""
-
-
-def read_result(s3: Any, bucket: str, job_id: str) -> Result | None:
+def read_result(s3: Any, bucket: str, job_id: str) -> JobResult | None:
     """The job's result.json, None while it has none. Raises what boto3 raises."""
+    stored: JobResult | None = _read_json(s3, bucket, f"output/{job_id}/result.json")
+    return stored
+
+
+def read_progress(s3: Any, bucket: str, job_id: str) -> JobProgress | None:
+    """The job's progress.json, None while it has none or where S3 does not give it just now."""
     try:
-        body = s3.get_object(Bucket=bucket, Key=f"output/{job_id}/result.json")["Body"].read()
+        stored: JobProgress | None = _read_json(s3, bucket, f"output/{job_id}/progress.json")
+    except Exception as error:
+        if not will_pass(error):
+            raise
+        return None
+    return stored
+
+
+def _read_json(s3: Any, bucket: str, key: str) -> Any:
+    try:
+        return json.loads(s3.get_object(Bucket=bucket, Key=key)["Body"].read())
     except s3.exceptions.NoSuchKey:
         return None
-    result: Result = json.loads(body)
-    return result
+
+
+def download_files(s3: Any, bucket: str, result: JobResult, folder: Path) -> list[Path]:
+    """Save the files of a job, several at once, in `folder`/<job_id>/."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    keys = [output["s3_key"] for output in result["outputs"]]
+    targets = [folder.joinpath(*local_parts(key)) for key in keys]
+    for target in targets:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+        list(pool.map(partial(s3.download_file, bucket), keys, map(str, targets)))
+    return targets
+
+
+def local_parts(key: str) -> list[str]:
+    """The parts of the path at which the object of a job, output/<job_id>/…, is saved: never above its folder."""
+    first, *parts = key.split("/")
+    if first != "output" or len(parts) < 2 or {"", ".", ".."} & set(parts) or "\\" in key:
+        raise ValueError(f"{key!r:.200} is no file of a job: it is not saved")
+    return parts
 
 
 def wait_for(
@@ -334,7 +543,7 @@ def wait_for(
     timeout_s: float | None = None,
     after_round: Callable[[], None] = lambda: None,
     say: Callable[[str], None] = lambda _: None,
-) -> Iterator[Result]:
+) -> Iterator[JobResult]:
     """Yield the result.json of every job as it appears, in the order they are found.
 
     `after_round` is called each time the receipts were looked for and some are missing still. What passes
@@ -369,7 +578,7 @@ def wait_for(
         if end is not None:
             left_s = end - time.monotonic()
             if left_s <= 0:
-                raise WaitTimeoutError
+                raise WaitTimeoutError(f"{count(len(unfinished), 'job')} had no result after {timeout_s:g} s")
             pause_s = min(pause_s, left_s)
         time.sleep(pause_s)
 
@@ -396,7 +605,9 @@ class FleetWatch:
     def __init__(self, sender: Sender, say: Callable[[str], None]) -> None:
         self.sender = sender
         self._say = say
-        self._said: dict[str, str | None] = {}
+        self.said: dict[str, str | None] = {}
+        """What was said last, of `queue` and of `group`."""
+        self.depth: QueueDepth | None = None
         self._next_look = 0.0
 
     def look(self, unfinished: int) -> None:
@@ -405,10 +616,11 @@ class FleetWatch:
             return
         self._next_look = time.monotonic() + FLEET_LOOK_S
         try:
-            depth = self.sender.depth(0)
+            self.depth = depth = self.sender.depth(0)
             news = f"On the queue: {depth.visible} waiting, {depth.in_flight} running"
             all_run = depth.in_flight >= unfinished
         except Exception as error:
+            self.depth = None
             news, all_run = f"The queue cannot be looked at: {one_line(error)}", False
         self._tell("queue", news)
         try:
@@ -419,9 +631,9 @@ class FleetWatch:
         self._tell("group", group)
 
     def _tell(self, topic: str, sentence: str | None) -> None:
-        if sentence and sentence != self._said.get(topic):
+        if sentence and sentence != self.said.get(topic):
             self._say(sentence)
-        self._said[topic] = sentence
+        self.said[topic] = sentence
 
 
 def fleet_news(autoscaling: Any, asg_name: str) -> str | None:
@@ -458,15 +670,272 @@ def count(number: int, thing: str) -> str:
     return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
-def tell_result(result: Result) -> str:
+def tell_result(result: JobResult) -> str:
     """How a job ended, in one line."""
-    if result["status"] != "succeeded":
+    if result["error"]:
         return f"Job {result['job_id']} failed: {result['error']['message']}"
     timings = result["timings"]
     return (
         f"Job {result['job_id']} succeeded in {timings['run_s']:.1f} s, "
         f"waited {timings['wait_s']:.1f} s: {count(len(result['outputs']), 'file')}"
     )
+
+
+def tell_progress(progress: JobProgress) -> str:
+    """How far a running job is: `KSampler 12/20 (60 %), 3 of 7 nodes done`."""
+    words = [progress["node_title"] or "running"]
+    steps, done = progress.get("max"), progress.get("value")
+    if steps and done is not None:
+        words[0] += f" {done:g}/{steps:g} ({100 * done / steps:.0f} %)"
+    if "nodes_done" in progress:
+        words.append(f"{progress['nodes_done']} of {count(progress['nodes'], 'node')} done")
+    return ", ".join(words)
+
+
+# --- Check before a GPU is paid for ----------------------------------------------------------------------
+#
+# What ComfyUI's own validation would say (execution.py, validate_prompt and validate_inputs), from /object_info, which
+# tells each node's inputs but not whether a node validates some of them in its own way. So what custom nodes are given
+# is doubted only, and so is all about types that are made at run time.
+
+NODES_KEY = "output/object_info.json.gz"
+"""Where the answer of the fleet's ComfyUI to GET /object_info lies in the bucket."""
+NODES_AGE_S = 60.0
+"""So long it is believed without asking S3 whether it has changed."""
+
+_nodes_read: dict[str, tuple[float, str, dict[str, Any]]] = {}  # bucket -> when, ETag, what was in it
+
+
+class FleetCheck:
+    """Checks workflows against what is installed on one environment's fleet."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.bucket = settings.s3_bucket
+        self.s3 = aws_client("s3", settings.region)
+        self.nodes = read_nodes(self.s3, self.bucket)
+        """The fleet's /object_info; None where it is not known, and then nothing is found."""
+        self._names: set[str] | None = None
+
+    def check(self, workflow: Workflow) -> list[Problem]:
+        """Raise WorkflowProblemsError if ComfyUI would refuse it; return what may go wrong otherwise."""
+        problems = find_problems(workflow, self.nodes, self.may_have) if self.nodes else []
+        refused = [problem for problem in problems if problem.certain]
+        if refused:
+            raise WorkflowProblemsError("this workflow", refused)
+        return problems
+
+    def may_have(self, file: str) -> bool:
+        """Whether the bucket may have this model or input by now: what is known of the fleet may be old."""
+        name = "/" + re.sub(r" \[\w+\]$", "", file).replace("\\", "/")
+        try:
+            if self._names is None:
+                pages = self.s3.get_paginator("list_objects_v2").paginate
+                self._names = {
+                    item["Key"]
+                    for prefix in ("models/", "input/")
+                    for page in pages(Bucket=self.bucket, Prefix=prefix)
+                    for item in page.get("Contents", [])
+                }
+        except Exception:
+            return True
+        return any(key.endswith(name) for key in self._names)
+
+
+def read_nodes(s3: Any, bucket: str) -> dict[str, Any] | None:
+    """The fleet's /object_info; None where it is not stored or cannot be read, which is no reason not to send."""
+    import gzip
+
+    now = time.monotonic()
+    read_at, tag, nodes = _nodes_read.get(bucket, (-math.inf, "", None))
+    if now - read_at < NODES_AGE_S:
+        return nodes
+    try:
+        answer = s3.get_object(Bucket=bucket, Key=NODES_KEY, **({"IfNoneMatch": tag} if tag else {}))
+        tag, nodes = answer["ETag"], dict(json.loads(gzip.decompress(answer["Body"].read())))
+    except Exception as error:
+        if error_code(error) not in ("304", "NotModified"):
+            _nodes_read.pop(bucket, None)
+            return None
+    if nodes is not None:
+        _nodes_read[bucket] = now, tag, nodes
+    return nodes
+
+
+def find_problems(workflow: Workflow, nodes: dict[str, Any], may_have: Callable[[str], bool]) -> list[Problem]:
+    """What ComfyUI finds wrong, `certain` only where it refuses the workflow because of it.
+
+    It looks at nodes that an output node depends on; as long as one output is left it drops the others. `nodes` is
+    its /object_info, and `may_have` says whether a file that is not in there may be there after all.
+    """
+    unknown = [
+        _problem(
+            node_id, node, f"there is no node {node['class_type']}",
+            f"{_closest(node['class_type'], list(nodes))}install it on the base machine and run create_env.sh again",
+        )
+        for node_id, node in workflow.items()
+        if node["class_type"] not in nodes
+    ]  # fmt: skip
+    if unknown:  # wherever it stands
+        return unknown
+    outputs = [node_id for node_id, node in workflow.items() if nodes[node["class_type"]].get("output_node")]
+    if not outputs:
+        return [Problem(None, None, "it has no output node", "add one that saves something, such as SaveImage")]
+    branches = [_upstream(output, workflow, nodes) for output in outputs]
+    found = {
+        node_id: list(_problems_of(node_id, workflow, nodes, may_have))
+        for node_id in dict.fromkeys(node_id for branch in branches for node_id in branch)
+    }
+    is_left = any(not any(problem.certain for node_id in branch for problem in found[node_id]) for branch in branches)
+    problems = [problem for node_problems in found.values() for problem in node_problems]
+    return [problem._replace(certain=False) for problem in problems] if is_left else problems
+
+
+def _upstream(output: str, workflow: Workflow, nodes: dict[str, Any]) -> list[str]:
+    """The output node and all it depends on, by inputs that its nodes know."""
+    found, seen = [output], {output}
+    for node_id in found:
+        for _, _, _, value in _inputs_of(workflow[node_id], nodes):
+            source = value[0] if isinstance(value, list) and len(value) == 2 else None
+            if isinstance(source, str) and source in workflow and source not in seen:
+                found.append(source)
+                seen.add(source)
+    return found
+
+
+def _inputs_of(node: dict[str, Any], nodes: dict[str, Any]) -> Iterator[tuple[str, Any, dict[str, Any], Any]]:
+    """Each input that the node knows: name, type (a list: the values it may have), options, and its value or MISSING.
+
+    Of optional ones only those that are there. Inputs that the node does not know are ignored, as ComfyUI does.
+    """
+    known, given = nodes[node["class_type"]].get("input") or {}, node.get("inputs", {})
+    for category in ("required", "optional"):
+        for name, config in (known.get(category) or {}).items():
+            if not (isinstance(config, list) and config):
+                continue
+            options = config[1] if len(config) > 1 and isinstance(config[1], dict) else {}
+            if name in given or category == "required":
+                yield name, config[0], options, given.get(name, MISSING)
+
+
+MISSING = object()
+
+
+def _problems_of(
+    node_id: str, workflow: Workflow, nodes: dict[str, Any], may_have: Callable[[str], bool]
+) -> Iterator[Problem]:
+    node = workflow[node_id]
+    ours = _validates_alike(nodes[node["class_type"]])
+    for name, kind, options, value in _inputs_of(node, nodes):
+        if str(kind).startswith("COMFY_"):  # its inputs depend on others
+            continue
+        if value is MISSING:
+            yield _problem(node_id, node, f"{name} is missing", "connect it or give it a value")
+        elif isinstance(value, list):
+            yield from _problems_of_link(node_id, name, kind, value, workflow, nodes)
+        else:
+            plain = value["__value__"] if isinstance(value, dict) and "__value__" in value else value
+            trouble = _trouble_with(name, kind, options, plain, may_have, ours=ours)
+            if trouble:
+                text, remedy, certain = trouble
+                yield _problem(node_id, node, text, remedy, certain=certain)
+
+
+def _problems_of_link(
+    node_id: str, name: str, kind: Any, link: list[Any], workflow: Workflow, nodes: dict[str, Any]
+) -> Iterator[Problem]:
+    node = workflow[node_id]
+    if len(link) != 2:
+        yield _problem(node_id, node, f"{name} is no link", 'write ["node id", number of its output]')
+        return
+    source, slot = link
+    if not isinstance(source, str) or source not in workflow:
+        have = ", ".join(list(workflow)[:20])
+        yield _problem(node_id, node, f"{name} links to node {source}, which is not there", f"the nodes are {have}")
+        return
+    info = nodes[workflow[source]["class_type"]]
+    made = info.get("output") or []
+    alike = _validates_alike(info)
+    if not isinstance(slot, int) or not -len(made) <= slot < len(made):
+        text = f"{name} links to output {slot} of node {source}, which has {count(len(made), 'output')}"
+        yield _problem(node_id, node, text, "count its outputs from 0", certain=alike)
+        return
+    types = [set(re.split(r"\s*,\s*", one)) if isinstance(one, str) else set() for one in (made[slot], kind)]
+    doubt = "*" in types[0] | types[1] or not all(types) or any(one.startswith("COMFY_") for one in types[0])
+    if not doubt and not types[0] & types[1]:
+        text = f"{name} is {kind}, but output {slot} of node {source} is {made[slot]}"
+        certain = alike and _validates_alike(nodes[node["class_type"]])
+        yield _problem(node_id, node, text, f"link it to an output that is {kind}", certain=certain)
+
+
+def _trouble_with(
+    name: str, kind: Any, options: dict[str, Any], value: Any, may_have: Callable[[str], bool], *, ours: bool
+) -> tuple[str, str, bool] | None:
+    """What is wrong with a value, what helps, and whether that is certain; None if nothing is."""
+    number = value
+    if kind in ("INT", "FLOAT"):
+        try:
+            number = int(value) if kind == "INT" else float(value)
+        except (TypeError, ValueError, OverflowError):
+            return f"{name} is {value!r:.80}", f"give {'a whole number' if kind == 'INT' else 'a number'}", True
+    if isinstance(number, int | float) and kind not in ("STRING", "BOOLEAN"):
+        low, high = options.get("min", -math.inf), options.get("max", math.inf)
+        is_range = isinstance(low, int | float) and isinstance(high, int | float)
+        if is_range and (number < low or number > high):
+            return f"{name} is {number}", f"give a number from {low} to {high}", ours
+    allowed = kind if isinstance(kind, list) else options.get("options") if kind == "COMBO" else None
+    if not isinstance(allowed, list) or value in allowed:
+        return None
+    certain = ours and kind != "COMBO"  # which older servers do not look at
+    if not (isinstance(value, str) and re.search(r"\.\w{2,12}(?: \[\w+\])?$", value)):
+        have = ", ".join(map(str, allowed[:20])) or "nothing"
+        return f"{name} is {value!r:.80}", f"{_closest(value, allowed)}it may be {have}", certain
+    if may_have(value):
+        return None
+    where = "models/, in the folder of its kind"
+    if value.endswith((".latent", "]")) or any(option.endswith("_upload") for option in options):
+        # ComfyUI looks for such a file itself, and lists only those that lie in input/ and are of a kind.
+        certain = certain and not re.search(r"[/\\\]]", value) and _is_media(value)
+        where = "input/"
+    remedy = f"{_closest(value, allowed)}put it into the bucket's {where}"
+    return f"{name} {value!r:.200} is not installed", remedy, certain
+
+
+def _is_media(file: str) -> bool:
+    from mimetypes import guess_type
+
+    return str(guess_type(file)[0]).startswith(("image/", "video/", "audio/"))
+
+
+def _validates_alike(info: dict[str, Any]) -> bool:
+    """Whether a node is one of ComfyUI's own, of which we know that it validates values no other way than by its inputs."""
+    return not str(info.get("python_module", "")).startswith(("custom_nodes", "comfy_api_nodes"))
+
+
+def _closest(name: Any, names: list[Any]) -> str:
+    from difflib import get_close_matches
+
+    found = get_close_matches(str(name), list(map(str, names)))
+    return (
+        f"the closest is {found[0]}, or "
+        if len(found) == 1
+        else f"the closest are {', '.join(found)}, or "
+        if found
+        else ""
+    )
+
+
+def _problem(node_id: str, node: dict[str, Any], text: str, remedy: str, *, certain: bool = True) -> Problem:
+    meta = node.get("_meta")
+    title = meta.get("title") if isinstance(meta, dict) else None
+    return Problem(node_id, title or node["class_type"], text, remedy, certain)
+
+
+def warn_of(problems: Sequence[Problem]) -> None:
+    """Say what may go wrong as Python warnings."""
+    import warnings
+
+    for problem in problems:
+        warnings.warn(str(problem), stacklevel=3)
 
 
 # --- Workflows -------------------------------------------------------------------------------------------
@@ -560,40 +1029,145 @@ def run_direct(address: str, workflows: Sequence[Workflow], folder: Path) -> int
     return 1 if failed else 0
 
 
-def run_wait(sender: Sender, job_ids: Sequence[str], timeout_s: float | None) -> int:
-    """Tell of each job's end until all have ended; returns the exit code."""
-    say = partial(print, flush=True)
-    bucket, total = sender.settings.s3_bucket, len(job_ids)
-    unfinished = dict.fromkeys(job_ids)
-    failed, told = 0, -1
-    fleet = FleetWatch(sender, say)
+class Teller:
+    """Where the command line says what it has to say.
 
-    def say_how_far() -> None:
-        nonlocal told
-        if told != len(unfinished):
-            told = len(unfinished)
-            say(f"{total - told} of {count(total, 'job')} done" + (f", {failed} failed" if failed else ""))
+    Lines that stay; on a terminal one line below them that changes; with --json an object a line instead of both.
+    """
 
-    def after_round() -> None:
-        say_how_far()
-        fleet.look(len(unfinished))
+    def __init__(self, *, as_json: bool = False) -> None:
+        self.as_json = as_json
+        self.live = sys.stdout.isatty() and not as_json
+
+    def line(self, text: str) -> None:
+        """Say something that stays."""
+        self.event("info", text, text=text)
+
+    def event(self, kind: str, words: str, /, **data: Any) -> None:
+        """Say it in words, or as an object of this kind with `data`."""
+        erase = "\r\x1b[K" if self.live else ""
+        print(json.dumps({"event": kind} | data) if self.as_json else erase + words, flush=True)
+
+    def change(self, text: str) -> None:
+        """Let the line that changes be this; without one nothing happens."""
+        if self.live:
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\r\x1b[K{text[:width]}", end="", flush=True)
+
+
+class Waiting:
+    """What is shown of the jobs waited for: of many a bar, of one what it does."""
+
+    def __init__(self, sender: Sender, s3: Any, job_ids: Sequence[str], teller: Teller) -> None:
+        self.s3 = s3
+        self.bucket = sender.settings.s3_bucket
+        self.teller = teller
+        self.total = len(job_ids)
+        self.unfinished = dict.fromkeys(job_ids)
+        self.failed = 0
+        self.fleet = FleetWatch(sender, (lambda _: None) if teller.live else teller.line)
+        self._runs_s: list[float] = []
+        self._told = -1
+        self._progress: JobProgress | None = None
+        self._first: tuple[JobProgress, float] | None = None  # the first news of the node at work, and when
+
+    def take(self, result: JobResult) -> None:
+        """Count and tell a result."""
+        del self.unfinished[result["job_id"]]
+        self.failed += result["status"] != "succeeded"
+        self._runs_s.append(result["timings"]["run_s"])
+        self.teller.event("result", tell_result(result), result=result)
+
+    def show(self) -> None:
+        """Show how far it is, after each round of looks."""
+        self.say_how_far()
+        self.fleet.look(len(self.unfinished))
+        if self.total == 1 and (self.teller.live or self.teller.as_json):
+            progress = read_progress(self.s3, self.bucket, next(iter(self.unfinished)))
+            if self.teller.as_json and progress and progress != self._progress:
+                self.teller.event("progress", "", progress=progress)
+            self._note(progress)
+        self.teller.change(self.line_of_one() if self.total == 1 else self.line_of_many())
+
+    def say_how_far(self) -> None:
+        """On no terminal: one line whenever the number of finished jobs has changed."""
+        if not self.teller.live and self._told != len(self.unfinished):
+            self._told = len(self.unfinished)
+            self.teller.line(self.how_far())
+
+    def how_far(self) -> str:
+        done = self.total - len(self.unfinished)
+        return f"{done} of {count(self.total, 'job')} done" + (f", {self.failed} failed" if self.failed else "")
+
+    def _note(self, progress: JobProgress | None) -> None:
+        if progress and not (self._first and self._first[0].get("node_id") == progress.get("node_id")):
+            self._first = progress, time.monotonic()
+        self._progress = progress
+
+    def left_in_node_s(self) -> float | None:
+        """Seconds until the node at work is through, by the pace of its steps so far; None while that is unknown."""
+        if not (self._progress and self._first):
+            return None
+        first, since = self._first
+        steps = self._progress.get("value", 0) - first.get("value", 0)
+        left = self._progress.get("max", 0) - self._progress.get("value", 0)
+        return (time.monotonic() - since) / steps * left if steps > 0 else None
+
+    def line_of_one(self) -> str:
+        """`waiting, about 2 ahead: 1 instance is booting`, later `running: KSampler 12/20 (60 %)`."""
+        if self._progress:
+            left_s = self.left_in_node_s()
+            left = "" if left_s is None else f", about {left_s:.0f} s left in this node"
+            return f"running: {tell_progress(self._progress)}{left}"
+        depth, news = self.fleet.depth, self.fleet.said.get("group" if self.fleet.depth else "queue")
+        return f"waiting{f', about {max(depth.visible - 1, 0)} ahead' if depth else ''}" + (
+            f": {news}" if news else ""
+        )
+
+    def line_of_many(self) -> str:
+        """`[████░░░░] 2 of 4 jobs done, about 25 s left. On the queue: 1 waiting, 1 running. 1 instance is booting`."""
+        filled = 20 * (self.total - len(self.unfinished)) // self.total
+        text = f"[{'█' * filled}{'░' * (20 - filled)}] {self.how_far()}"
+        if self._runs_s and self.fleet.depth and self.fleet.depth.in_flight:
+            # As long as past runs took, on as many workers as are at it now.
+            left_s = len(self.unfinished) * sum(self._runs_s) / len(self._runs_s) / self.fleet.depth.in_flight
+            text += f", about {left_s:.0f} s left"
+        return ". ".join([text, *filter(None, self.fleet.said.values())])
+
+
+def run_wait(
+    sender: Sender,
+    job_ids: Sequence[str],
+    timeout_s: float | None,
+    teller: Teller | None = None,
+    save: Path | None = None,
+) -> int:
+    """Tell of each job's end until all have ended, and save their files; returns the exit code."""
+    teller = teller or Teller()
+    settings = sender.settings
+    s3 = aws_client("s3", settings.region)
+    waiting = Waiting(sender, s3, job_ids, teller)
+    unsaved = 0
 
     def give_up(reason: str) -> None:
-        alone = len(unfinished) == 1
+        teller.change("")
+        left = list(waiting.unfinished)
+        one = len(left) == 1
         print(
-            f"send_job.py: {reason}: {len(unfinished)} of {count(total, 'job')} had no result yet and "
-            f"{'goes' if alone else 'go'} on; look for {'it' if alone else 'them'} with: "
-            f"aws s3 cp s3://{bucket}/output/{next(iter(unfinished)) if alone else 'JOB_ID'}/result.json -",
+            f"send_job.py: {reason}: {len(left)} of {count(waiting.total, 'job')} had no result yet and "
+            f"{'goes' if one else 'go'} on; come back with: "
+            f"./send_job.py --env {settings.env} --wait --status {left[0] if one else 'JOB_ID …'}",
             file=sys.stderr,
         )
 
     try:
-        s3 = aws_client("s3", sender.settings.region)
-        for result in wait_for(s3, bucket, job_ids, timeout_s=timeout_s, after_round=after_round, say=say):
-            del unfinished[result["job_id"]]
-            failed += result["status"] != "succeeded"
-            say(tell_result(result))
-        say_how_far()
+        found = wait_for(
+            s3, settings.s3_bucket, job_ids, timeout_s=timeout_s, after_round=waiting.show, say=teller.line
+        )
+        for result in found:
+            waiting.take(result)
+            unsaved += save is not None and not save_files(result, save, teller, s3, settings.s3_bucket)
+        waiting.say_how_far()
     except KeyboardInterrupt:
         give_up("interrupted")
         return 130
@@ -602,11 +1176,46 @@ def run_wait(sender: Sender, job_ids: Sequence[str], timeout_s: float | None) ->
         return 3
     except Exception as error:
         remedy = (
-            f" (s3:GetObject and s3:ListBucket on {bucket} are needed)" if error_code(error) == "AccessDenied" else ""
+            f" (s3:GetObject and s3:ListBucket on {settings.s3_bucket} are needed)"
+            if error_code(error) == "AccessDenied"
+            else ""
         )
         give_up(f"results cannot be read: {one_line(error)}{remedy}")
         return 1
-    return 1 if failed else 0
+    return 1 if waiting.failed or unsaved else 0
+
+
+def save_files(result: JobResult, folder: Path, teller: Teller, s3: Any, bucket: str) -> bool:
+    """Download a job's files and tell of each; a failure is told, too, and returns False."""
+    try:
+        for path in download_files(s3, bucket, result, folder):
+            teller.event("saved", f"Saved {path}", job_id=result["job_id"], path=str(path))
+    except Exception as error:
+        teller.change("")
+        print(f"send_job.py: the files of job {result['job_id']} are not saved: {one_line(error)}", file=sys.stderr)
+        return False
+    return True
+
+
+def run_status(sender: Sender, job_ids: Sequence[str], teller: Teller, save: Path | None) -> int:
+    """Tell how jobs stand, and save the files of those that ended; returns 0, 1 when one failed, 3 when one goes on."""
+    s3, bucket = aws_client("s3", sender.settings.region), sender.settings.s3_bucket
+    codes = {0}
+    for job_id in job_ids:
+        result = read_result(s3, bucket, job_id)
+        if result:
+            saved = save is None or save_files(result, save, teller, s3, bucket)
+            codes.add(0 if result["status"] == "succeeded" and saved else 1)
+            teller.event("result", tell_result(result), result=result)
+        elif progress := read_progress(s3, bucket, job_id):
+            codes.add(3)
+            text = f"Job {job_id} is running: {tell_progress(progress)}, at {progress['updated_at']}"
+            teller.event("progress", text, progress=progress)
+        else:
+            codes.add(3)
+            text = f"Job {job_id} has neither result nor progress: it waits, has just begun, or never was"
+            teller.event("info", text, job_id=job_id, text=text)
+    return 1 if 1 in codes else max(codes)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -623,6 +1232,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help="change an input, such as 6.text='a red fox'; may be repeated")  # fmt: skip
     parser.add_argument("--count", type=int, default=1, metavar="N", help="send N jobs, each with a fresh seed")
     parser.add_argument("--env", metavar="NAME", help="the environment, instead of ENV in the settings")
+    parser.add_argument("--check", action="store_true",
+                        help="send nothing, but say what the fleet's ComfyUI would refuse; exits with 1 then")  # fmt: skip
+    parser.add_argument("--no-check", action="store_true", help="send without that check")
     parser.add_argument("--exec-cmd", metavar="CMD", help="send a shell command instead of a workflow")
     parser.add_argument("--callback-url", metavar="URL", help="POST the result there")
     parser.add_argument("--wait", action="store_true",
@@ -633,9 +1245,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--direct", metavar="HOST:PORT", help="run on this ComfyUI instead, without AWS, and save the files"
     )
-    parser.add_argument(
-        "--save", type=Path, default=Path("output"), metavar="DIR", help="where --direct saves (default: output)"
-    )
+    parser.add_argument("--status", nargs="+", metavar="JOB_ID",
+                        help="send nothing, but tell how these jobs stand; with --wait stay until they have ended; "
+                        "exits with 3 when one has not ended")  # fmt: skip
+    parser.add_argument("--save", type=Path, metavar="DIR",
+                        help="with --wait, --status and --direct: save the files in DIR/JOB_ID/ (--direct: output)")  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print an object a line, for programs (--fleet: one object)")
     add_operator_arguments(parser)
     parsed = parser.parse_args(arguments)
     check_operator_arguments(parser, parsed)
@@ -645,8 +1260,21 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--exec-cmd sends a command: leave out WORKFLOW.json, --set and --direct")
     if parsed.exec_cmd is not None and not parsed.exec_cmd.strip():
         parser.error("--exec-cmd is empty: name a shell command")
-    if parsed.wait and parsed.direct:
-        parser.error("--direct waits by itself: leave out --wait")
+    if parsed.direct and (parsed.wait or parsed.json):
+        parser.error("--direct waits by itself and prints text: leave out --wait and --json")
+    if parsed.status and (parsed.workflow or parsed.assignments or parsed.direct or parsed.exec_cmd is not None):
+        parser.error("--status sends nothing: leave out WORKFLOW.json, --set, --exec-cmd and --direct")
+    for job_id in parsed.status or []:
+        if not is_job_id(job_id):
+            parser.error(f"--status {job_id:.60}: job ids are lowercase UUIDs, as printed when a job is sent")
+    if parsed.check and (
+        parsed.no_check or parsed.wait or parsed.direct or parsed.status or parsed.exec_cmd is not None
+    ):
+        parser.error(
+            "--check only checks a workflow: leave out --no-check, --wait, --direct, --status and --exec-cmd"
+        )
+    if parsed.save and not (parsed.wait or parsed.status or parsed.direct):
+        parser.error("--save needs results: add --wait")
     if parsed.timeout is not None and not parsed.wait:
         parser.error("--timeout bounds --wait: add it, or leave out --timeout")
     if parsed.timeout is not None and not 0 < parsed.timeout < math.inf:
@@ -660,37 +1288,78 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     if is_for_operator(options):
         return run_operator(options)
+    teller = Teller(as_json=options.json)
     try:
-        bodies = make_bodies(options)
+        bodies = [] if options.status else make_bodies(options)
         if options.direct:
-            return run_direct(options.direct, [body["prompt"] for body in bodies], options.save)
+            return run_direct(options.direct, [body["prompt"] for body in bodies], options.save or Path("output"))
         sender = Sender(load_settings(options.env))
+        if options.check:
+            return run_check(sender.settings, bodies[0]["prompt"], teller)
+        if "prompt" in (bodies or [{}])[0] and not options.no_check:  # they differ in their seeds only
+            for problem in FleetCheck(sender.settings).check(bodies[0]["prompt"]):
+                print(f"send_job.py: {problem}", file=sys.stderr)
+    except WorkflowProblemsError as error:
+        print(f"send_job.py: this workflow cannot run on {sender.settings.env}, and was not sent:", file=sys.stderr)
+        print(*error.problems, sep="\n", file=sys.stderr)
+        return 2
     except (InvalidMessageError, SettingsError) as error:
         print(f"send_job.py: {error}", file=sys.stderr)
         return 2
     except (ComfyGoneError, JobTimeoutError) as error:
         print(f"send_job.py: {error}", file=sys.stderr)
         return 1
+    if options.status and not options.wait:
+        try:
+            return run_status(sender, options.status, teller, options.save)
+        except Exception as error:
+            print(f"send_job.py: results cannot be read: {one_line(error)}", file=sys.stderr)
+            return 1
+    job_ids, code = (options.status, 0) if options.status else run_send(sender, bodies, options.callback_url, teller)
+    if options.wait and job_ids:
+        return run_wait(sender, job_ids, options.timeout, teller, options.save) or code
+    return code
+
+
+def run_check(settings: Settings, workflow: Workflow, teller: Teller) -> int:
+    """Say what is wrong with a workflow; returns 1 when the fleet's ComfyUI would refuse it."""
+    fleet = FleetCheck(settings)
+    if fleet.nodes is None:
+        teller.line(
+            f"Its format is right; what {settings.env} has installed is not known: {NODES_KEY} cannot be read"
+        )
+        return 0
+    try:
+        problems, code = fleet.check(workflow), 0
+    except WorkflowProblemsError as error:
+        problems, code = list(error.problems), 1
+    for problem in problems:
+        teller.event("problem", f"{'' if problem.certain else 'Perhaps: '}{problem}", **problem._asdict())
+    teller.line(f"{settings.env} would refuse this workflow" if code else f"{settings.env} can run this workflow")
+    return code
+
+
+def run_send(
+    sender: Sender, bodies: Sequence[dict[str, Any]], callback_url: str | None, teller: Teller
+) -> tuple[list[str], int]:
+    """Send the jobs and raise the capacity; returns the ids of those that were sent, and the exit code."""
     job_ids: list[str] = []
     try:
-        job_ids = sender.send_many(bodies, callback_url=options.callback_url)
+        job_ids = sender.send_many(bodies, callback_url=callback_url)
     except NotAllSentError as error:
         job_ids, reason = error.sent, error.reason
     except Exception as error:
         reason = str(error)
     for job_id in job_ids:
-        print(f"Message sent successfully: {job_id}")
+        teller.event("sent", f"Message sent successfully: {job_id}", job_id=job_id)
     if len(job_ids) == len(bodies):
-        print("Job submitted successfully")
+        teller.line("Job submitted successfully")
     else:
         queue = sender.settings.sqs_name
         print(f"send_job.py: {len(job_ids)} of {len(bodies)} jobs sent to {queue}: {reason}", file=sys.stderr)
     if job_ids:
-        sender.raise_capacity(len(job_ids), say=print)
-    unsent = 0 if len(job_ids) == len(bodies) else 1
-    if options.wait and job_ids:
-        return run_wait(sender, job_ids, options.timeout) or unsent
-    return unsent
+        sender.raise_capacity(len(job_ids), say=teller.line)
+    return job_ids, 0 if len(job_ids) == len(bodies) else 1
 
 
 def make_bodies(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -732,7 +1401,6 @@ def add_operator_arguments(parser: argparse.ArgumentParser) -> None:
     one.add_argument("--purge-dead", action="store_true", help="delete the dead jobs, after a question")
     one.add_argument("--report", nargs="+", metavar="JOB_ID", help="draw a page of jobs that have ended")
     group.add_argument("--watch", action="store_true", help="with --fleet: look again every few seconds")
-    group.add_argument("--json", action="store_true", help="with --fleet: as one JSON object")
     group.add_argument("--yes", action="store_true", help="with --purge-dead: do not ask")
     group.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE.html",
                        help="with --report: the page (default: report.html)")  # fmt: skip
@@ -746,8 +1414,8 @@ def check_operator_arguments(parser: argparse.ArgumentParser, options: argparse.
             parser.error(f"--report {job_id:.60}: that is no job id, such as {new_job_id()}")
     if options.price is not None and not 0 <= options.price < math.inf:
         parser.error(f"--price {options.price:g}: give USD per hour, such as 1.212")
-    if (options.watch or options.json) and options.fleet is None:
-        parser.error("--watch and --json belong to --fleet: add it")
+    if options.watch and options.fleet is None:
+        parser.error("--watch belongs to --fleet: add it, or leave out --watch")
     if options.yes and not options.purge_dead:
         parser.error("--yes belongs to --purge-dead: add it, or leave out --yes")
     if is_for_operator(options) and (options.workflow or options.wait or options.exec_cmd or options.direct):
@@ -1022,7 +1690,8 @@ def run_dead(sender: Sender) -> int:
             reason = f"received {received} times, and no word of it in the logs: they are stored every few minutes"
         print(f"      {printable(reason)}")
         if result is not None:
-            ended = "succeeded" if result["status"] == "succeeded" else f"failed: {result['error']['message']}"
+            error = result["error"]
+            ended = f"failed: {error['message']}" if error else "succeeded"
             print(f"      its result is stored all the same, {printable(ended)}")
         if log:
             print(f"      s3://{settings.s3_bucket}/{log}")

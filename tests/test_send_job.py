@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import gzip
 import io
 import itertools
 import json
+import os
+import pty
+import re
 import signal
 import subprocess
 import sys
@@ -16,9 +21,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import comfyui_standin
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError, ResponseStreamingError
-from conftest import ROOT, Site, image_workflow
+from conftest import ROOT, TESTS, Site, image_workflow
 from local_cloud import Fault, LocalCloud
 
 import send_job
@@ -239,7 +245,8 @@ def test_bad_input_is_one_sentence_and_nothing_is_sent(
     "arguments",
     [["--count", "0"], ["--count", "x"], ["--exec-cmd", ""], ["--exec-cmd", "ls", "x.json"], ["--bogus"],
      ["--wait", "--direct", "127.0.0.1:9"], ["--timeout", "5"], ["--wait", "--timeout", "0"],
-     ["--wait", "--timeout", "nan"], ["--wait", "--timeout", "inf"]],
+     ["--wait", "--timeout", "nan"], ["--wait", "--timeout", "inf"], ["--save", "x"], ["--direct", "x:1", "--json"],
+     ["--status", "x"], ["--exec-cmd", "ls", "--status", "0f8fad5b-d9cb-469f-a165-70867728950e"]],
 )  # fmt: skip
 def test_misuse_shows_the_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -344,6 +351,13 @@ def store(site: Site, job_id: str, **more: Any) -> None:
     )
 
 
+def store_progress(site: Site, job_id: str, **more: Any) -> None:
+    """Say how far a job is, as a worker does."""
+    progress = {"job_id": job_id, "status": "running", "instance_id": "i-1", "node_id": "3", "node_title": "Sampler",
+                "nodes": 7, "nodes_done": 3, "max": 20, "updated_at": "2026-01-02T03:04:05.678Z"} | more  # fmt: skip
+    site.s3.put_object(Bucket=site.bucket, Key=f"output/{job_id}/progress.json", Body=json.dumps(progress).encode())
+
+
 def receipt(job_id: str, **more: Any) -> dict[str, Any]:
     timings = {"wait_s": 160.21, "run_s": 12.34}
     return {"job_id": job_id, "status": "succeeded", "outputs": [], "error": None, "timings": timings} | more
@@ -397,7 +411,7 @@ def test_the_time_limit_ends_the_waiting_only(make_site: Callable[..., Site]) ->
     assert ran.returncode == 3
     assert ran.stderr == (
         "send_job.py: not done after 0.2 s: 1 of 1 job had no result yet and goes on; "
-        f"look for it with: aws s3 cp s3://{site.bucket}/output/{job_id}/result.json -\n"
+        f"come back with: ./send_job.py --env {site.env} --wait --status {job_id}\n"
     )
     assert site.depth() == (1, 0)
 
@@ -410,7 +424,7 @@ def test_ctrl_c_ends_the_waiting_only(sending: Callable[..., tuple[Site, subproc
     assert process.returncode == 130
     assert err == (
         "send_job.py: interrupted: 2 of 2 jobs had no result yet and go on; "
-        f"look for them with: aws s3 cp s3://{site.bucket}/output/JOB_ID/result.json -\n"
+        f"come back with: ./send_job.py --env {site.env} --wait --status JOB_ID …\n"
     )
     assert site.depth() == (2, 0)
 
@@ -450,6 +464,94 @@ def test_jobs_that_were_sent_are_waited_for_when_others_could_not_be(
     assert said.out.endswith("1 of 1 job done\n")
 
 
+def test_results_can_be_saved_and_read_by_programs(busy_site: Site) -> None:
+    (busy_site.folder / "good.json").write_text(json.dumps(image_workflow()))
+    ran = busy_site.run("python", "send_job.py", "good.json", "--count", "2", "--wait", "--save", "saved", "--json")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    events = [json.loads(line) for line in ran.stdout.splitlines()]
+    sent = [event["job_id"] for event in events if event["event"] == "sent"]
+    results = {event["result"]["job_id"]: event["result"] for event in events if event["event"] == "result"}
+    assert results == {job_id: busy_site.result(job_id) for job_id in sent}
+    saved = {event["job_id"]: event["path"] for event in events if event["event"] == "saved"}
+    assert set(saved) == set(sent)
+    for job_id, path in saved.items():
+        assert path.startswith(f"saved/{job_id}/")
+        key = results[job_id]["outputs"][0]["s3_key"]
+        stored = busy_site.s3.get_object(Bucket=busy_site.bucket, Key=key)["Body"].read()
+        assert (busy_site.folder / path).read_bytes() == stored
+
+
+def test_files_that_cannot_be_saved_make_the_exit_code(
+    sending: Callable[..., tuple[Site, subprocess.Popen[str]]],
+) -> None:
+    site, process = sending("--exec-cmd", "true", "--count", "2", "--wait", "--save", "saved")
+    first, second = ids_of(read_until(process, "0 of 2 jobs done"))
+    store(site, first, outputs=[{"s3_key": f"output/{first}/gone.png"}])
+    store(site, second, outputs=[{"s3_key": f"output/{second}/../../evil"}])
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"the files of job {first} are not saved: An error occurred (404)" in err
+    assert f"the files of job {second} are not saved: 'output/{second}/../../evil' is no file of a job" in err
+    assert [path for path in (site.folder / "saved").rglob("*") if path.is_file()] == []
+    assert not (site.folder / "evil").exists()
+
+
+def test_the_status_of_jobs(sender_site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    site = sender_site
+    good, bad, running, unknown = (new_job_id() for _ in range(4))
+    store(site, good)
+    store(site, bad, status="failed", error={"message": "node 1 X: no"})
+    store_progress(site, running, value=12)
+    lines = {
+        good: f"Job {good} succeeded in 12.3 s, waited 160.2 s: 0 files",
+        bad: f"Job {bad} failed: node 1 X: no",
+        running: f"Job {running} is running: Sampler 12/20 (60 %), 3 of 7 nodes done, at 2026-01-02T03:04:05.678Z",
+        unknown: f"Job {unknown} has neither result nor progress: it waits, has just begun, or never was",
+    }
+    for job_ids, code in (([good], 0), ([bad], 1), ([good, running], 3), ([unknown], 3), ([running, bad], 1)):
+        assert send_job.main(["--status", *job_ids]) == code
+        said = capsys.readouterr()
+        assert (said.out.splitlines(), said.err) == ([lines[name] for name in job_ids], "")
+    assert send_job.main(["--status", good, "--wait", "--json"]) == 0
+    events = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert events == [
+        {"event": "result", "result": receipt(good)},
+        {"event": "info", "text": "1 of 1 job done"},
+    ]
+    assert site.depth() == (0, 0), "nothing is sent"
+
+
+def test_on_a_terminal_one_line_changes(make_site: Callable[..., Site]) -> None:
+    site = make_site()
+    controller, terminal = pty.openpty()
+    command = ["env", "--default-signal=INT", "COLUMNS=200", "python", "send_job.py", "--exec-cmd", "true", "--wait"]
+    process = subprocess.Popen(command, cwd=site.folder, env=site.environment(), stdout=terminal, stderr=terminal)
+    os.close(terminal)
+    shown = ""
+
+    def read_on(words: str) -> str:
+        """Read until it shows this; returns all it has shown."""
+        nonlocal shown
+        while words not in shown:
+            shown += os.read(controller, 4096).decode()
+        return shown
+
+    try:
+        job_id = re.search(r"successfully: (\S+)", read_on("waiting, about 0 ahead"))
+        assert job_id
+        store_progress(site, job_id[1], value=10)
+        read_on("\r\x1b[Krunning: Sampler 10/20 (50 %), 3 of 7 nodes done\r")
+        store_progress(site, job_id[1], value=15)
+        read_on("\r\x1b[Krunning: Sampler 15/20 (75 %), 3 of 7 nodes done, about ")
+        process.send_signal(signal.SIGINT)
+        read_on("come back with: ./send_job.py")
+        assert process.wait(60) == 130
+    finally:
+        process.kill()
+        process.wait()
+        os.close(controller)
+
+
 # --- Many at once ----------------------------------------------------------------------------------------
 
 
@@ -459,7 +561,7 @@ def sender_site(make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch)
     site = make_site()
     for name, value in site.environment().items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(send_job, "load_settings", lambda _: load_settings(None, site.folder / "env"))
+    monkeypatch.setattr(send_job, "load_settings", lambda _=None: load_settings(site.env, site.folder / "env"))
     return site
 
 
@@ -570,6 +672,298 @@ def test_importing_it_imports_nothing_of_aws_nor_of_the_command_line() -> None:
     program = f"import sys, send_job; print([name for name in {slow} if name in sys.modules])"
     ran = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert ran.stdout == "[]\n"
+
+
+# --- From business code ----------------------------------------------------------------------------------
+
+
+def test_business_code_sends_waits_and_downloads(busy_site: Site) -> None:
+    program = """
+import asyncio, json, send_job
+
+good = json.load(open("good.json"))
+job_id = send_job.submit(good)
+result = send_job.wait(job_id, timeout=80)
+assert result == send_job.result(job_id), result
+(path,) = send_job.download(result, "mine")
+assert path.read_bytes().startswith(b"\\x89PNG")
+try:
+    send_job.wait(send_job.submit_command("exit 3"), timeout=80)
+except send_job.JobFailed as failed:
+    assert failed.error["kind"] == "command_refused", failed.error
+    assert failed.result["error"] == failed.error
+    assert failed.error["message"] in str(failed)
+
+async def together():
+    ticks = 0
+    waiting = asyncio.gather(*(asyncio.to_thread(send_job.wait, send_job.submit(good)) for _ in range(2)))
+    while not waiting.done():
+        ticks += 1
+        await asyncio.sleep(0.01)
+    return await waiting, ticks
+
+results, ticks = asyncio.run(together())
+assert [result["status"] for result in results] == ["succeeded"] * 2
+assert ticks > 3, ticks
+print("all is well")
+"""
+    (busy_site.folder / "good.json").write_text(json.dumps(image_workflow(0.5)))
+    ran = busy_site.run("python", "-c", program)
+    assert (ran.stdout, ran.stderr) == ("all is well\n", "")
+
+
+def test_progress_is_told_once_and_waiting_ends_with_the_receipt(sender_site: Site) -> None:
+    job_id = new_job_id()
+    store_progress(sender_site, job_id, value=5)
+    heard: list[float] = []
+
+    def note(progress: send_job.JobProgress) -> None:
+        heard.append(progress["value"])
+        if progress["value"] == 5:
+            store_progress(sender_site, job_id, value=6)
+        else:
+            store(sender_site, job_id)
+
+    assert send_job.wait(job_id, on_progress=note, timeout=80) == receipt(job_id)
+    assert heard == [5, 6]
+
+
+@pytest.mark.usefixtures("sender_site")
+def test_a_wait_that_takes_too_long_is_a_timeout() -> None:
+    job_id = new_job_id()
+    assert send_job.result(job_id) is None
+    with pytest.raises(TimeoutError, match=r"1 job had no result after 0\.1 s"):
+        send_job.wait(job_id, timeout=0.1)
+
+
+@pytest.mark.parametrize("call", [send_job.wait, send_job.result, send_job.cancel])
+def test_what_is_no_job_id_becomes_no_key(call: Callable[[str], object]) -> None:
+    with pytest.raises(InvalidMessageError, match=r"'\.\./x' is no job id"):
+        call("../x")
+
+
+@pytest.mark.parametrize("key", ["", "output/", "output/x", "input/x/y", "output/../y", "output/x//y", "output/x/..", "/output/x/y"])  # fmt: skip
+def test_a_key_that_is_no_file_of_a_job_is_not_saved(key: str) -> None:
+    with pytest.raises(ValueError, match="is no file of a job"):
+        send_job.local_parts(key)
+    assert send_job.local_parts("output/x/y z/ü.png") == ["x", "y z", "ü.png"]
+
+
+def test_cancelling_leaves_word_for_the_worker(sender_site: Site) -> None:
+    job_id = new_job_id()
+    send_job.cancel(job_id)
+    assert sender_site.keys("input/") == [f"input/jobs/{job_id}.cancel"]
+
+
+# --- Check before a GPU is paid for ----------------------------------------------------------------------
+
+RECORDINGS = json.loads((TESTS / "recordings.json").read_text())
+
+
+def object_info() -> dict[str, Any]:
+    """/object_info of the recorded server, as far as it was recorded; of the other nodes the stand-in's."""
+    settings = comfyui_standin.Settings.__new__(comfyui_standin.Settings)
+    names = set(comfyui_standin.NODES) - {"LoadImage", "CheckpointLoaderSimple"}
+    nodes = {name: comfyui_standin.describe_node(name, settings) for name in names}
+    for recorded in (value["body"] for name, value in RECORDINGS.items() if name.startswith("object_info_")):
+        nodes |= copy.deepcopy(recorded)
+    nodes["CheckpointLoaderSimple"]["input"]["required"]["ckpt_name"][0] = ["v1-5-pruned-emaonly-fp16.safetensors"]
+    nodes["Custom"] = {
+        "input": {"required": {"mode": [["a", "b"]], "level": ["INT", {"max": 9}], "what": ["*"]}, "optional": {}},
+        "output": ["IMAGE"], "output_node": False, "python_module": "custom_nodes.of_somebody",
+    }  # fmt: skip
+    nodes["Dynamic"] = {
+        "input": {"required": {"parts": ["COMFY_AUTOGROW_V3", {}], "kind": ["COMBO", {"options": ["x"]}]}},
+        "output": ["COMFY_MATCHTYPE_V3"], "output_node": False, "python_module": "comfy_extras.nodes_x",
+    }  # fmt: skip
+    return nodes
+
+
+def recorded_prompts() -> list[Any]:
+    def whole(prompt: dict[str, Any]) -> dict[str, Any]:
+        """With the nodes that the recording only mentions."""
+        if prompt.pop("…", None):
+            blurs = range(3, 42)
+            prompt |= {
+                f"{n}": prompt["2"] | {"inputs": prompt["2"]["inputs"] | {"image": [f"{n - 1}", 0]}} for n in blurs
+            }
+        return prompt
+
+    return [
+        pytest.param(whole(call["request"]["body"]["prompt"]), call["status"], call["body"], id=f"{name}-{number}")
+        for name, case in RECORDINGS.items()
+        if isinstance(case, dict)
+        for number, call in enumerate(case.get("http", []))
+        if call.get("request", {}).get("path") == "/prompt" and call["status"] != 500
+    ]
+
+
+@pytest.mark.parametrize(("prompt", "status", "answer"), recorded_prompts())
+def test_the_check_agrees_with_the_recorded_server(prompt: Any, status: int, answer: Any) -> None:
+    problems = send_job.find_problems(prompt, object_info(), lambda _: False)
+    assert any(problem.certain for problem in problems) == (status == 400)
+    if answer.get("node_errors"):
+        assert {problem.node_id for problem in problems} == set(answer["node_errors"])
+
+
+def test_the_recordings_hold_both_kinds() -> None:
+    assert Counter(case.values[1] for case in recorded_prompts()).keys() == {200, 400}
+
+
+def checked(more: dict[str, Any], *, instead: bool = False, may_have: bool = False) -> list[tuple[str, bool]]:
+    """What is said of a workflow with these nodes besides a good branch, or instead of it."""
+    good: dict[str, Any] = {} if instead else image_workflow()
+    return [
+        (str(problem), problem.certain)
+        for problem in send_job.find_problems({**good, **more}, object_info(), lambda _: may_have)
+    ]
+
+
+def saving(class_type: str, output: int = 0, /, **inputs: Any) -> dict[str, Any]:
+    """A node, 10, whose output is saved."""
+    return {
+        "10": {"class_type": class_type, "inputs": inputs, "_meta": {"title": "Mine"}},
+        "11": {"class_type": "SaveImage", "inputs": {"images": ["10", output], "filename_prefix": "y"}},
+    }
+
+
+EMPTY = {"width": 64, "height": 64, "batch_size": 1, "color": 0}
+PIXEL_RANGE = "give a number from 1 to 16384"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "said"),
+    [
+        (saving("EmptyImage", **EMPTY | {"width": "many"}), "node 10 Mine: width is 'many': give a whole number"),
+        (saving("EmptyImage", **EMPTY | {"width": None}), "node 10 Mine: width is None: give a whole number"),
+        (saving("EmptyImage", **EMPTY | {"width": 0}), f"node 10 Mine: width is 0: {PIXEL_RANGE}"),
+        (saving("EmptyImage", **EMPTY | {"width": "99999"}), f"node 10 Mine: width is 99999: {PIXEL_RANGE}"),
+        (saving("EmptyImage", width=8, height=8, batch_size=1), "node 10 Mine: color is missing: connect it or give it a value"),
+        (saving("EmptyImage", **EMPTY | {"width": ["7"]}), 'node 10 Mine: width is no link: write ["node id", number of its output]'),
+        (saving("EmptyImage", **EMPTY | {"width": ["7", 0]}), "node 10 Mine: width links to node 7, which is not there: the nodes are 10, 11"),
+        (saving("EmptyImage", 1, **EMPTY), "node 11 SaveImage: images links to output 1 of node 10, which has 1 output: count its outputs from 0"),
+        (saving("EmptyLatentImage", width=64, height=64, batch_size=1), "node 11 SaveImage: images is IMAGE, but output 0 of node 10 is LATENT: link it to an output that is IMAGE"),
+        (saving("LoadImage", image="nothing.png"), "node 10 Mine: image 'nothing.png' is not installed: put it into the bucket's input/"),
+        (saving("LoadImage", image="exampel.png"), "node 10 Mine: image 'exampel.png' is not installed: the closest is example.png, or put it into the bucket's input/"),
+        (saving("EmptyImages", **EMPTY), "node 10 Mine: there is no node EmptyImages: the closest are EmptyImage, EmptyLatentImage, or install it on the base machine and run create_env.sh again"),
+        ({"1": {"class_type": "EmptyImage", "inputs": EMPTY}}, "it has no output node: add one that saves something, such as SaveImage"),
+    ],
+)  # fmt: skip
+def test_what_comfyui_refuses_is_told_with_the_remedy(nodes: dict[str, Any], said: str) -> None:
+    assert checked(nodes, instead=True) == [(said, True)]
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        saving("EmptyImage", **EMPTY | {"width": "64", "height": 64.9, "batch_size": True}),
+        saving("EmptyImage", **EMPTY | {"width": {"__value__": 64}}),
+        saving("EmptyImage", -1, **EMPTY),
+        saving("EmptyImage", **EMPTY, unknown=["77", 0]),
+        {**saving("EmptyImage", **EMPTY), "12": {"class_type": "EmptyImage", "inputs": {}}},  # nobody needs it
+        saving("Dynamic", kind="x"),
+        {"10": {"class_type": "EmptyImage", "inputs": EMPTY}, "11": {"class_type": "PreviewAny", "inputs": {"source": ["10", 0]}}},
+        {"11": {"class_type": "PreviewAny", "inputs": {"source": 3}}},
+    ],
+)  # fmt: skip
+def test_what_comfyui_accepts_is_no_problem(nodes: dict[str, Any]) -> None:
+    assert checked(nodes, instead=True) == []
+
+
+@pytest.mark.parametrize(
+    ("nodes", "said"),
+    [
+        (saving("Custom", mode="c", level=1, what=1), "mode is 'c': it may be a, b"),
+        (saving("Custom", mode="a", level=10, what=1), "level is 10: give a number from -inf to 9"),
+        (saving("Custom", 3, mode="a", level=1, what=1), "links to output 3"),
+        (saving("Dynamic", kind="y"), "kind is 'y'"),
+        (saving("LoadImage", image="below/nope.png"), "is not installed"),
+        (saving("LoadImage", image="nope.png [output]"), "is not installed"),
+        (saving("LoadImage", image="nope.xyz"), "is not installed"),
+    ],
+)
+def test_what_comfyui_may_accept_is_only_doubted(nodes: dict[str, Any], said: str) -> None:
+    ((sentence, certain),) = checked(nodes, instead=True)
+    assert said in sentence
+    assert not certain
+
+
+def test_a_bad_branch_beside_a_good_one_is_only_warned_of() -> None:
+    bad = saving("LoadImage", image="nope.png")
+    assert [certain for _, certain in checked(bad, instead=True)] == [True]
+    assert [certain for _, certain in checked(bad)] == [False]
+    assert checked(bad, may_have=True) == []
+    assert checked({"10": {"class_type": "NoSuchNode"}})[0][1], "an unknown node is refused wherever it stands"
+
+
+def store_nodes(site: Site, nodes: dict[str, Any]) -> None:
+    """Store what a fleet has installed, as a worker does."""
+    site.s3.put_object(Bucket=site.bucket, Key=send_job.NODES_KEY, Body=gzip.compress(json.dumps(nodes).encode()))
+
+
+def test_submit_refuses_what_the_fleet_would(
+    cloud: LocalCloud, sender_site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workflow = json.loads((ROOT / "simple_workflow.json").read_text())
+    workflow["4"]["inputs"]["ckpt_name"] = "v1-5-pruned-emaonly.safetensors"
+    send_job.submit(workflow)  # nothing is known of the fleet
+    store_nodes(sender_site, object_info())
+    for call in (send_job.submit, lambda one: send_job.submit_many([image_workflow(), one])):
+        with pytest.raises(send_job.WorkflowProblemsError) as caught:
+            call(workflow)
+        (problem,) = caught.value.problems
+        assert (problem.node_id, problem.title) == ("4", workflow["4"]["_meta"]["title"])
+        assert "the closest is v1-5-pruned-emaonly-fp16.safetensors" in problem.remedy
+    assert str(caught.value).startswith("workflow 2 cannot run on the fleet: node 4 ")
+    send_job.submit(workflow, check=False)
+    sender_site.s3.put_object(Bucket=sender_site.bucket, Key="models/checkpoints/v1-5-pruned-emaonly.safetensors")
+    send_job.submit(workflow)  # the model came after the fleet was looked at
+    with pytest.warns(UserWarning, match=r"node 10 Mine: image 'nope\.png'"):
+        send_job.submit(image_workflow(more=saving("LoadImage", image="nope.png")))
+    assert len(bodies(sender_site)) == 4
+
+    monkeypatch.setattr(send_job, "NODES_AGE_S", 0)
+    calls: list[str] = []
+    monkeypatch.setattr(cloud, "fault", lambda _, operation: calls.append(operation))
+    with pytest.raises(send_job.WorkflowProblemsError):  # it is known still, by its ETag
+        send_job.submit(image_workflow(more={"10": {"class_type": "New", "inputs": {}}}))
+    store_nodes(sender_site, object_info() | {"New": {"input": {}, "output": []}})
+    send_job.submit(image_workflow(more={"10": {"class_type": "New", "inputs": {}}}))
+    assert calls.count("GET") == 2
+    monkeypatch.setattr(cloud, "fault", lambda service, _: Fault(403, "AccessDenied") if service == "s3" else None)
+    send_job.submit(image_workflow(more={"10": {"class_type": "Nowhere", "inputs": {}}}))
+    assert len(bodies(sender_site)) == 2
+
+
+def test_the_command_line_checks(sender_site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    workflow = json.loads((ROOT / "simple_workflow.json").read_text())
+    (tmp_path / "good.json").write_text(json.dumps(workflow))
+    title = workflow["3"]["_meta"]["title"]
+    workflow["3"]["inputs"] |= {"steps": 0, "sampler_name": "eular"}
+    (tmp_path / "bad.json").write_text(json.dumps(workflow))
+    good, bad = str(tmp_path / "good.json"), str(tmp_path / "bad.json")
+    assert send_job.main(["--check", bad]) == 0
+    assert capsys.readouterr().out.startswith(
+        f"Its format is right; what {sender_site.env} has installed is not known"
+    )
+    store_nodes(sender_site, object_info())
+    assert send_job.main(["--check", good]) == 0
+    assert capsys.readouterr().out == f"{sender_site.env} can run this workflow\n"
+    assert send_job.main(["--check", bad]) == 1
+    problems = capsys.readouterr().out.splitlines()[:-1]
+    assert [line.split(": ")[:2] for line in problems] == [
+        [f"node 3 {title}", "steps is 0"],
+        [f"node 3 {title}", "sampler_name is 'eular'"],
+    ]
+    assert "the closest is euler, or it may be euler, euler_cfg_pp" in problems[1]
+    assert send_job.main([bad]) == 2
+    said = capsys.readouterr()
+    assert said.err.splitlines() == [
+        f"send_job.py: this workflow cannot run on {sender_site.env}, and was not sent:", *problems
+    ]  # fmt: skip
+    assert sender_site.depth() == (0, 0)
+    assert send_job.main([bad, "--no-check"]) == 0
+    assert sender_site.depth() == (1, 0)
 
 
 # --- Waiting: receipts -----------------------------------------------------------------------------------
