@@ -206,7 +206,6 @@ class Worker:
         self.queue_url = self.find_queue()
         logger.info("Worker on %s takes jobs from %s", self.instance_id, self.settings.sqs_name)
         self.look_at_lifecycle()
-        self.metrics.add_boot(self.settings.comfy_home / "logs/boot.json")
         lanes = [threading.Thread(target=self.work, name=f"lane {n + 1}", daemon=True) for n in range(LANES)]
         self.turned_at = {lane.name: time.monotonic() for lane in lanes}
         for lane in lanes:
@@ -930,6 +929,8 @@ class Worker:
                     self.restart_comfyui(time.monotonic())
                 return False
             self.stop.wait(0.1)
+        if self.answered_at is None:
+            self.metrics.add_boot(finish_boot_report(self.settings.comfy_home / "logs") or {})
         self.answered_at = time.monotonic()
         if not self.warmed_up:
             self.warm_up()
@@ -1496,8 +1497,6 @@ LEASE_LOST_CODES = (
 )
 
 
-BOOT_AGE_S = 60
-"""Older figures of a boot are another start's."""
 METRIC_S = 60
 METRIC_IDLE_MINUTES = 5
 METRICS_KEPT = 150
@@ -1530,30 +1529,19 @@ class Metrics:
                 if value in values or len(values) < VALUES_KEPT:
                     values[value] += 1
 
-    def add_boot(self, path: Path) -> None:
-        """Take in the seconds of each phase of the boot, where it was just now."""
-        try:
-            if time.time() - path.stat().st_mtime > BOOT_AGE_S:
-                return
-            phases = json.loads(path.read_text())["phases"]
-            figures = [
+    def add_boot(self, report: dict[str, Any]) -> None:
+        """Take in how many seconds each phase of the boot took."""
+        with self._lock:
+            self._waiting.extend(
                 {
                     "MetricName": "BootSeconds",
-                    "Dimensions": [{"Name": "Phase", "Value": str(phase)}],
+                    "Dimensions": [{"Name": "Phase", "Value": phase}],
                     "Timestamp": datetime.now(UTC),
                     "Unit": "Seconds",
-                    "Value": float(seconds),
+                    "Value": seconds,
                 }
-                for phase, seconds in phases.items()
-            ]
-        except FileNotFoundError:
-            return
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            logger.warning("Cannot read %s: %r", path, error)
-            return
-        with self._lock:
-            self._waiting.extend(figures)
-            self._was_busy = bool(figures)
+                for phase, seconds in report.get("phases", {}).items()
+            )
 
     def tick(self, now: float, *, busy: bool) -> None:
         """Called several times a second: measures how busy the GPU is, and ends a minute."""
@@ -1731,6 +1719,7 @@ PERMISSIONS = {
     "GetObject": "s3:GetObject and s3:ListBucket",
     "PutObject": "s3:PutObject",
     "CreateMultipartUpload": "s3:PutObject",
+    "PutMetricData": "cloudwatch:PutMetricData",
 }
 """Where the permission is not named like the operation. Without s3:ListBucket a missing object is "access denied"."""
 
@@ -1758,6 +1747,31 @@ def notify_systemd(state: str) -> None:
         with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify_socket:
             notify_socket.connect("\0" + address[1:] if address.startswith("@") else address)
             notify_socket.send(state.encode())
+
+
+def finish_boot_report(folder: Path) -> dict[str, Any] | None:
+    """Add to boot.json in `folder` how long ComfyUI, which answers now, took for that, and the total; return it.
+
+    start_service.sh has begun it: {"booted_at": ISO, "comfyui_started_at": seconds since 1970, "phases": {name:
+    seconds}}. None where there is nothing to add: it is complete, or there is none.
+    """
+    file = folder / "boot.json"
+    try:
+        report: dict[str, Any] = json.loads(file.read_text())
+        if "total" in report:
+            return None
+        phases = report["phases"]
+        phases["comfyui"] = round(time.time() - report["comfyui_started_at"], 3)
+        report["total"] = round(sum(phases.values()), 3)
+        new = file.with_suffix(".json.new")
+        new.write_text(json.dumps(report))
+        new.replace(file)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("Cannot complete %s: %s", file, error)
+        return None
+    return report
 
 
 def set_up_logging(folder: Path) -> None:
