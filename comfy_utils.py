@@ -941,7 +941,7 @@ class _Watch:
             is_over = True
         else:
             try:
-                event = self.events.get(timeout=LAST_WORD_S if self._ended else 1)
+                event = self.events.get(timeout=LAST_WORD_S if self._ended else 1 if self.has_started else 0.2)
             except queue.Empty:
                 is_over = self._ended
             else:

@@ -126,6 +126,8 @@ UPLOADS_AT_ONCE = 8
 PART_BYTES = 8 * 1024 * 1024
 """A larger file is uploaded in parts, several at once."""
 COMMAND_OUTPUT_BYTES = 4096
+STOP_S = 3
+"""So long the running job waits, when all are given back, for those behind it to be taken out of the queue."""
 INTERRUPT_S = 60
 """An interrupt takes effect at the next node or sampler step; a node that takes longer is stuck."""
 
@@ -192,6 +194,7 @@ class Worker:
         self.turn = threading.Condition()
         self.turned_at: dict[str, float] = {}  # lane -> when it last turned
         self.polling = False  # one lane waits at the queue, for all
+        self.fetching = 0  # lanes that fetch a job ahead just now
         self.taken = 0  # jobs in hand that have not run to their end
         self.running: dict[str, float] = {}  # job -> since when it runs
         self.last_run_s: float | None = None
@@ -207,7 +210,6 @@ class Worker:
         self.queue_url = self.find_queue()
         logger.info("Worker on %s takes jobs from %s", self.instance_id, self.settings.sqs_name)
         self.look_at_lifecycle()
-        self.metrics.add_boot(self.settings.comfy_home / "logs/boot.json")
         lanes = [threading.Thread(target=self.work, name=f"lane {n + 1}", daemon=True) for n in range(LANES)]
         self.turned_at = {lane.name: time.monotonic() for lane in lanes}
         for lane in lanes:
@@ -279,6 +281,7 @@ class Worker:
                         return "poll"
                     if self.may_fetch_ahead():
                         self.taken += 1
+                        self.fetching += 1
                         return "ahead"
             self.turn.wait(0.5)
         return None
@@ -289,7 +292,9 @@ class Worker:
             if turn != "ahead":
                 self.polling = False
                 self.taken += took
-            elif not took:
+            else:
+                self.fetching -= 1
+            if turn == "ahead" and not took:
                 self.taken -= 1
                 self.waiting = 0
             if took:
@@ -306,7 +311,9 @@ class Worker:
     def may_fetch_ahead(self) -> bool:
         """Whether a job may be taken now that will stand behind those in hand. `turn` is held."""
         group = self.group
-        if (group and self.instance_id in group.outdated) or any(lease.attempt > 1 for lease in self.leases):
+        if self.comfy_failed_at >= (self.answered_at or 0) or (group and self.instance_id in group.outdated):
+            return False
+        if any(lease.attempt > 1 and not lease.stored for lease in self.leases):
             return False  # a job that was given back before may be one that kills ComfyUI, and all behind it
         return may_fetch_ahead(
             waiting=self.waiting,
@@ -321,13 +328,13 @@ class Worker:
         return max((time.monotonic() - since for since in list(self.running.values())), default=0.0)
 
     @contextmanager
-    def running_job(self, job_id: str, *, alone: bool) -> Iterator[None]:
+    def running_job(self, job_id: str, lease: Lease, *, alone: bool) -> Iterator[None]:
         """Workflows pass together, a command only when nothing else runs."""
         with self.turn:
             self.commands_waiting += alone
             try:
                 while self.command_runs or (self.workflows if alone else self.commands_waiting):
-                    if self.should_stop() or self.is_leaving():
+                    if self.should_stop() or self.gives_back(lease):
                         raise JobStoppedError
                     self.turn.wait(0.5)
             finally:
@@ -396,6 +403,14 @@ class Worker:
         """Whether nothing new is to be taken."""
         return self.stop.is_set() or self.spot.is_set() or self.drain.is_set()
 
+    def gives_back(self, lease: Lease) -> bool:
+        """Whether a job that has not started is to go back to the queue, because this worker leaves.
+
+        On its last attempt it would end in the dead-letter queue. So it is run after all, where there is time.
+        """
+        last = lease.attempt >= self.settings.max_receives
+        return self.stop.is_set() or self.spot.is_set() or (self.drain.is_set() and not last)
+
     def should_stop(self) -> bool:
         """Whether running jobs are to be given back at once. Asked all the time, so it shows that a lane turns."""
         name = threading.current_thread().name
@@ -414,7 +429,7 @@ class Worker:
         ran: Ran | None = None
         try:
             with self.putting_back(lease):
-                if self.is_leaving():
+                if self.gives_back(lease):
                     raise JobStoppedError
                 job, invalid = understand(message)
                 self.claim(job.id, lease)
@@ -438,7 +453,7 @@ class Worker:
                 if all(other.job_id != job_id for other in self.leases):
                     lease.job_id = job_id
                     return
-            if self.should_stop() or self.is_leaving():
+            if self.should_stop() or self.gives_back(lease):
                 raise JobStoppedError
             time.sleep(0.1)
 
@@ -474,12 +489,16 @@ class Worker:
         except JobStoppedError:
             logger.info("Message %s is given back: it is not to run here", lease.message_id)
             lease.end()
+            with self.turn:  # or a receive that is under way here brings it again
+                self.turn.wait_for(lambda: not self.fetching, timeout=5)
             self.put_back(lease.message, delay_s=0)
             self.let_go(lease)
         except Exception as error:
             # The delay doubles with each attempt. After MAX_RECEIVES SQS moves it to the dead-letter queue.
-            # A job that stood in the queue of a ComfyUI which died has not failed: it is for anyone, at once.
-            delay_s = 0 if isinstance(error, NeverStartedError) else min(5 * 2 ** (lease.attempt - 1), 300)
+            # A job that stood in the queue of a ComfyUI which died has not failed: it is for anyone, at once, if
+            # that helps.
+            at_once = isinstance(error, NeverStartedError) and lease.attempt == 1
+            delay_s = 0 if at_once else min(5 * 2 ** (lease.attempt - 1), 300)
             logger.warning(
                 "Message %s is put back for %d s after attempt %d of %d: %s",
                 lease.message_id,
@@ -541,7 +560,7 @@ class Worker:
         if invalid is not None:
             return Ran(now, error=job_error("invalid_message", invalid))
         if job.command is not None:
-            with self.running_job(job.id, alone=not self.settings.exec_cmd_beside):
+            with self.running_job(job.id, lease, alone=not self.settings.exec_cmd_beside):
                 now = datetime.now(UTC)
                 self.note_running(job.id)
                 values, error = self.run_command(job.id, job.command)
@@ -552,7 +571,7 @@ class Worker:
             return Ran(now, error=job_error("invalid_workflow", str(reason)))
         progress = Progress(workflow, job.id, self.instance_id)
         try:
-            with self.running_job(job.id, alone=False):
+            with self.running_job(job.id, lease, alone=False):
                 began_at, finished = self.run_workflow(job, workflow, progress, lease)
         except WorkflowRefusedError as refused:
             return Ran(now, error=refused.error)
@@ -612,16 +631,25 @@ class Worker:
         """
         began_at: datetime | None = None
         submitted_at = time.monotonic()
+        stopped_at: list[float] = []
 
         def note(event: dict[str, Any]) -> None:
             if event["type"] == "execution_start":
                 self.note_running(job.id)
             progress.note(event)
 
+        def should_stop() -> bool:
+            """Those behind it are taken out first, or they would begin to run."""
+            if not self.should_stop():
+                return False
+            stopped_at.append(time.monotonic())
+            is_first = job.id in self.running and self.workflows > len(self.running)
+            return not is_first or time.monotonic() > stopped_at[0] + STOP_S
+
         def should_withdraw() -> bool:
             """Others may start it sooner than we can. An attempt is used up, so not the last ones."""
             too_long = self.running_s() > AHEAD_LIMIT_S and time.monotonic() - submitted_at > AHEAD_LIMIT_S
-            return self.is_leaving() or (too_long and lease.attempt < self.settings.max_receives - 1)
+            return self.gives_back(lease) or (too_long and lease.attempt < self.settings.max_receives - 1)
 
         with every(PROGRESS_S, lambda: self.store_progress(progress)):
             for again in (False, True):
@@ -632,7 +660,7 @@ class Worker:
                         timeout_s=self.settings.job_timeout_s,
                         stall_s=self.settings.stall_timeout_s,
                         on_progress=note,
-                        should_stop=self.should_stop,
+                        should_stop=should_stop,
                         should_withdraw=should_withdraw,
                         before_first_submit=lambda: self.remove_local_files(job.id),  # of a try cut short
                         again=again,
@@ -657,9 +685,8 @@ class Worker:
     def note_comfy_failure(self, since: float) -> None:
         """Count a failure of ComfyUI that began after `since`, once for all jobs that it lost."""
         with self.turn:
-            if since > self.comfy_failed_at:
-                self.comfy_failed_at = time.monotonic()
-                self.comfy_failures += 1
+            self.comfy_failures += since > self.comfy_failed_at
+            self.comfy_failed_at = time.monotonic()
 
     def run_command(self, job_id: str, command: str) -> tuple[dict[str, dict[str, Any]], dict[str, Any] | None]:
         """Run a shell command in a process group of its own; its output's last 4 KB go into the result."""
@@ -935,6 +962,8 @@ class Worker:
                     self.restart_comfyui(time.monotonic())
                 return False
             self.stop.wait(0.1)
+        if self.answered_at is None:
+            self.metrics.add_boot(finish_boot_report(self.settings.comfy_home / "logs") or {})
         self.answered_at = time.monotonic()
         if not self.warmed_up:
             self.warm_up()
@@ -985,7 +1014,7 @@ class Worker:
                 os.kill(pid, signal.SIGKILL)
         except (OSError, ValueError, subprocess.SubprocessError) as error:
             logger.error("Cannot restart ComfyUI: %s", error)
-        self.restarted_at = self.answered_at = time.monotonic()
+        self.restarted_at = self.comfy_failed_at = self.answered_at = time.monotonic()
 
     def await_free_executor(self, job_id: str) -> None:
         """Restart ComfyUI if it does not let go of an interrupted job: the next would wait behind it."""
@@ -1509,8 +1538,6 @@ LEASE_LOST_CODES = (
 )
 
 
-BOOT_AGE_S = 60
-"""Older figures of a boot are another start's."""
 METRIC_S = 60
 METRIC_IDLE_MINUTES = 5
 METRICS_KEPT = 150
@@ -1543,30 +1570,19 @@ class Metrics:
                 if value in values or len(values) < VALUES_KEPT:
                     values[value] += 1
 
-    def add_boot(self, path: Path) -> None:
-        """Take in the seconds of each phase of the boot, where it was just now."""
-        try:
-            if time.time() - path.stat().st_mtime > BOOT_AGE_S:
-                return
-            phases = json.loads(path.read_text())["phases"]
-            figures = [
+    def add_boot(self, report: dict[str, Any]) -> None:
+        """Take in how many seconds each phase of the boot took."""
+        with self._lock:
+            self._waiting.extend(
                 {
                     "MetricName": "BootSeconds",
-                    "Dimensions": [{"Name": "Phase", "Value": str(phase)}],
+                    "Dimensions": [{"Name": "Phase", "Value": phase}],
                     "Timestamp": datetime.now(UTC),
                     "Unit": "Seconds",
-                    "Value": float(seconds),
+                    "Value": seconds,
                 }
-                for phase, seconds in phases.items()
-            ]
-        except FileNotFoundError:
-            return
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            logger.warning("Cannot read %s: %r", path, error)
-            return
-        with self._lock:
-            self._waiting.extend(figures)
-            self._was_busy = bool(figures)
+                for phase, seconds in report.get("phases", {}).items()
+            )
 
     def tick(self, now: float, *, busy: bool) -> None:
         """Called several times a second: measures how busy the GPU is, and ends a minute."""
@@ -1751,6 +1767,7 @@ PERMISSIONS = {
     "GetObject": "s3:GetObject and s3:ListBucket",
     "PutObject": "s3:PutObject",
     "CreateMultipartUpload": "s3:PutObject",
+    "PutMetricData": "cloudwatch:PutMetricData",
 }
 """Where the permission is not named like the operation. Without s3:ListBucket a missing object is "access denied"."""
 

@@ -1250,7 +1250,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
                         "exits with 3 when one has not ended")  # fmt: skip
     parser.add_argument("--save", type=Path, metavar="DIR",
                         help="with --wait, --status and --direct: save the files in DIR/JOB_ID/ (--direct: output)")  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print an object a line, for programs (--fleet: one object)")
+    parser.add_argument(
+        "--json", action="store_true", help="print an object a line, for programs (--fleet: one object)"
+    )
     add_operator_arguments(parser)
     parsed = parser.parse_args(arguments)
     check_operator_arguments(parser, parsed)

@@ -9,7 +9,7 @@
 #                 COPY_MODEL_TO_LOCAL asks for it, links ComfyUI's models/, input/ and output/,
 #                 then becomes ComfyUI, which logs to logs/comfyui.log as well; how long each step
 #                 took since the machine was switched on is written to logs/boot.json
-#   comfy-manage  waits until ComfyUI answers, then becomes the worker, parse_job.py
+#   comfy-manage  becomes the worker, parse_job.py, which waits until ComfyUI answers
 #
 # Example: ./start_service.sh comfyui
 #
@@ -29,7 +29,6 @@ COPY_PAUSE_SECONDS=${COPY_PAUSE_SECONDS:-10}
 COPY_REQUESTS=32 # at once, of the AWS CLI; its own default is 10
 COPY_PARTS=16    # of one file at once, of s5cmd; its own default is 5
 LOG_LIMIT_BYTES=$((50 * 1024 * 1024))
-WAIT_REPORT_SECONDS=${WAIT_REPORT_SECONDS:-30}
 WATCHDOG_SECONDS=${WATCHDOG_SECONDS:-30}
 
 usage() {
@@ -355,29 +354,12 @@ stop_telling() {
   [[ -z ${TELLER:-} ]] || kill "$TELLER"
 }
 
-# comfyui_answers HOST PORT: GET /system_stats is answered with 200. In Bash alone, because a
-# machine need not have curl.
-comfyui_answers() (
-  exec 3<>"/dev/tcp/$1/$2" || exit 1
-  printf 'GET /system_stats HTTP/1.0\r\nHost: %s:%s\r\n\r\n' "$1" "$2" >&3
-  IFS= read -r -t 5 status <&3 && [[ $status =~ ^HTTP/[0-9.]+\ 200\  ]]
-) 2>/dev/null
-
+# start_worker: at once, so that it has imported and connected everything when ComfyUI answers.
 start_worker() {
-  local python=$COMFY_HOME/venv/bin/python host=${COMFY_ADDRESS%:*} port=${COMFY_ADDRESS##*:}
-  local report=$WAIT_REPORT_SECONDS
+  local python=$COMFY_HOME/venv/bin/python
   need_command "$python" "make the virtual environment and install requirements.txt in it"
   [[ -f $COMFY_HOME/parse_job.py ]] || die "there is no parse_job.py in $COMFY_HOME: set COMFY_HOME in $HERE/env to the folder of the scripts"
-  # No time limit: copying models may take long, and systemd restarts a ComfyUI that fails.
-  SECONDS=0
-  until comfyui_answers "$host" "$port"; do
-    if ((SECONDS >= report)); then
-      say "waiting for ComfyUI on $COMFY_ADDRESS, $SECONDS s so far"
-      report=$((SECONDS + WAIT_REPORT_SECONDS))
-    fi
-    sleep 0.2
-  done
-  say "ComfyUI answers on $COMFY_ADDRESS: starting the worker for ENV=$ENV"
+  say "starting the worker for ENV=$ENV, which waits for ComfyUI on $COMFY_ADDRESS"
   cd "$COMFY_HOME"
   stop_telling
   exec "$python" parse_job.py

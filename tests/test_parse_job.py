@@ -10,11 +10,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from conftest import LIMIT_S, ROOT, Site, await_that, group_of, image_workflow
 from local_cloud import LocalCloud, Machine
 
@@ -563,3 +565,221 @@ def test_an_unwritable_log_folder_does_not_stop_jobs(make_site: Callable[..., Si
     site.start_comfyui()
     site.start_worker()
     assert site.await_result(site.send(image_workflow()))["status"] == "succeeded"
+
+
+# --- Lanes: the next job stands in ComfyUI's queue while one runs -----------------------------------------
+
+
+def pending(site: Site) -> list[str]:
+    """The jobs that stand in ComfyUI's queue behind the one that runs."""
+    queue = requests.get(f"http://127.0.0.1:{site.port}/queue", timeout=LIMIT_S).json()
+    return [item[1] for item in queue["queue_pending"]]
+
+
+def started_and_ended(site: Site, job_id: str) -> tuple[float, float]:
+    """When ComfyUI began and ended a job, as its ledger has it."""
+    entries = [
+        entry for entry in map(json.loads, site.ledger.read_text().splitlines()) if entry["prompt_id"] == job_id
+    ]
+    return entries[0]["time"], entries[-1]["time"]
+
+
+def fetch_ahead(site: Site, seconds: float, *bodies: object) -> tuple[str, list[str]]:
+    """A job of `seconds` that runs, and those that were fetched ahead meanwhile and stand behind it."""
+    site.await_result(site.send(image_workflow()))  # so that the worker knows jobs to be short
+    site.await_empty_queue()
+    first = site.send(image_workflow(seconds))
+    ids = [site.send(body) for body in bodies or (image_workflow(),)]
+    await_that("the first runs", lambda: site.runs(first))
+    return first, ids
+
+
+def fetch_one_ahead(site: Site, seconds: float, body: object = None) -> tuple[str, str]:
+    """Likewise one workflow, which is known to stand there."""
+    first, (second,) = fetch_ahead(site, seconds, body or image_workflow())
+    await_that("the second stands in ComfyUI's queue", lambda: second in pending(site))
+    return first, second
+
+
+def test_the_next_job_stands_in_comfyuis_queue_and_times_are_honest(make_site: Callable[..., Site]) -> None:
+    site = make_site(JOB_TIMEOUT="4")
+    site.start_comfyui()
+    site.start_worker()
+    first, second = fetch_one_ahead(site, 3, image_workflow(2))  # it may run for 4 s, and is in hand for 5
+    result = site.await_result(second)
+    assert (result["status"], result["attempt"]) == ("succeeded", 1)
+    _, first_ended = started_and_ended(site, first)
+    started, _ = started_and_ended(site, second)
+    timings = result["timings"]
+    said = datetime.fromisoformat(timings["started_at"]).timestamp()
+    assert first_ended <= started
+    assert said == pytest.approx(started, abs=0.05)
+    assert timings["wait_s"] > 2
+    assert timings["run_s"] >= 2
+    assert site.await_result(first)["attempt"] == 1
+
+
+def test_sigterm_gives_both_jobs_back_and_the_second_never_ran(make_site: Callable[..., Site]) -> None:
+    site = make_site()
+    site.start_comfyui()
+    worker = site.start_worker()
+    first, second = fetch_one_ahead(site, 600)
+    worker.terminate()
+    assert worker.wait(LIMIT_S) == 0
+    assert site.depth() == (2, 0)
+    await_that("ComfyUI was interrupted", lambda: site.runs(first, "interrupted"))
+    assert pending(site) == []
+    assert site.runs(second) == 0
+
+
+def test_a_worker_that_drains_gives_the_next_job_back_and_finishes_the_first(
+    cloud: LocalCloud, fleet: tuple[Site, Machine]
+) -> None:
+    site, machine = fleet
+    site.start_comfyui()
+    site.start_worker()
+    first, second = fetch_one_ahead(site, 15)
+    cloud.client("autoscaling").terminate_instance_in_auto_scaling_group(
+        InstanceId=machine.instance_id, ShouldDecrementDesiredCapacity=True
+    )
+    await_that("the second is given back", lambda: site.depth() == (1, 1))
+    assert site.result(first) is NO_RESULT_YET
+    assert site.await_result(first)["status"] == "succeeded"
+    await_that("the instance is gone", lambda: cloud.instance_state(machine.instance_id) == "terminated")
+    assert (site.runs(first), site.runs(second)) == (1, 0)
+
+
+def test_a_job_over_its_time_takes_no_other_with_it(make_site: Callable[..., Site]) -> None:
+    site = make_site(JOB_TIMEOUT="3")
+    site.start_comfyui()
+    site.start_worker()
+    first, second = fetch_one_ahead(site, 600, image_workflow(1))
+    assert site.await_result(first)["error"]["kind"] == "timeout"
+    result = site.await_result(second)
+    assert (result["status"], result["attempt"]) == ("succeeded", 1)
+    assert (site.runs(second), site.runs(second, "interrupted")) == (1, 0)
+
+
+def test_out_of_memory_leaves_the_job_behind_it_alone(make_site: Callable[..., Site]) -> None:
+    site = make_site()
+    site.start_comfyui()
+    site.start_worker()
+    more = {
+        "4": {"class_type": "StandinOutOfMemory", "inputs": {"image": ["2", 0], "times": 1}},
+        "5": {"class_type": "SaveImage", "inputs": {"images": ["4", 0], "filename_prefix": "y"}},
+    }
+    site.await_result(site.send(image_workflow()))
+    first = site.send(image_workflow(2, more))
+    second = site.send(image_workflow(1))
+    results = [site.await_result(job_id) for job_id in (first, second)]
+    assert [(result["status"], result["attempt"]) for result in results] == [("succeeded", 1)] * 2
+    assert (site.runs(first), site.runs(second)) == (2, 1)
+
+
+def test_comfyui_dies_with_two_jobs_and_that_counts_once(fleet: tuple[Site, Machine]) -> None:
+    site, machine = fleet
+    comfyui = site.start_comfyui()
+    site.start_worker()
+    _, second = fetch_one_ahead(site, 15)
+    comfyui.kill()
+    comfyui.wait()
+    await_that("both are put back", lambda: site.log().count("is put back") == 2)
+    assert site.depth()[0] >= 1, "the one that never ran, at once"
+    assert "declared Unhealthy" not in site.log()
+    site.start_comfyui()
+    result = site.await_result(second)
+    assert (result["error"], result["attempt"]) == (None, 2)
+    assert machine.is_on()
+    assert site.runs(second) == 1
+
+
+def test_behind_a_job_that_turns_out_long_nobody_waits(make_site: Callable[..., Site]) -> None:
+    site = make_site()
+    script = site.folder / "parse_job.py"
+    script.write_text(script.read_text().replace("AHEAD_LIMIT_S = 60", "AHEAD_LIMIT_S = 3"))
+    site.start_comfyui()
+    site.start_worker()
+    first, second = fetch_one_ahead(site, 600)
+    await_that("the second is given back", lambda: site.depth() == (1, 1))
+    assert (site.runs(first), site.runs(second)) == (1, 0)
+
+
+def test_the_same_job_twice_in_hand_is_run_once(make_site: Callable[..., Site]) -> None:
+    site = make_site()
+    site.start_comfyui()
+    site.start_worker()
+    job_id = new_job_id()
+    fetch_ahead(site, 1, *[{"prompt": image_workflow(1), "job_id": job_id}] * 3)
+    assert site.await_result(job_id)["attempt"] == 1
+    site.await_empty_queue()
+    assert site.runs(job_id) == 1
+
+
+@pytest.mark.parametrize("beside", ["no", "yes"])
+def test_a_command_runs_alone_unless_it_is_asked_to_run_beside(make_site: Callable[..., Site], beside: str) -> None:
+    site = make_site(EXEC_CMD="always", EXEC_CMD_BESIDE=beside)
+    site.start_comfyui()
+    site.start_worker()
+    first, (command, second) = fetch_ahead(site, 4, {"exec_cmd": "sleep 1; date +%s.%N"}, image_workflow(1))
+    results = {job_id: site.await_result(job_id) for job_id in (first, command, second)}
+    ended = float(results[command]["values"]["command"]["output"])
+    runs = [started_and_ended(site, job_id) for job_id in (first, second)]
+    overlaps = [began < ended and ended - 1 < over for began, over in runs]
+    assert any(overlaps) == (beside == "yes"), (runs, ended)
+
+
+# --- The first job ---------------------------------------------------------------------------------------
+
+
+def test_the_worker_waits_for_comfyui_ready_to_receive(make_site: Callable[..., Site]) -> None:
+    site = make_site(WARMUP_WORKFLOW="warm-up.json", STALL_TIMEOUT="2")
+    (site.folder / "warm-up.json").write_text(json.dumps(image_workflow()))
+    job_id = site.send(image_workflow())
+    site.start_worker()
+    await_that("it waits", lambda: "Waiting for ComfyUI" in site.log())
+    assert "Restarting ComfyUI" not in site.log(), "it may copy models for long"
+    assert site.depth() == (1, 0)
+    site.start_comfyui()
+    answered_at = time.time()
+    started_at = datetime.fromisoformat(site.await_result(job_id)["timings"]["started_at"]).timestamp()
+    assert started_at - answered_at < 5, "0.1 s and the warm-up on a quiet machine: see bench_worker.py"
+    assert 0 < site.log().find("Warmed up with") < site.log().find("attempt 1")
+    site.await_empty_queue()
+    await_that("what the warm-up made is thrown away", lambda: not list((site.folder / "job-output").iterdir()))
+
+
+def test_a_warm_up_that_fails_does_not_stop_the_worker(make_site: Callable[..., Site]) -> None:
+    site = make_site(WARMUP_WORKFLOW="absent.json")
+    site.start_comfyui()
+    site.start_worker()
+    assert site.await_result(site.send(image_workflow()))["status"] == "succeeded"
+    assert f"Cannot warm up with WARMUP_WORKFLOW={site.folder}/absent.json" in site.log()
+
+
+# --- Files -----------------------------------------------------------------------------------------------
+
+
+def test_a_large_file_never_lies_in_memory(make_site: Callable[..., Site]) -> None:
+    site = make_site()
+    site.start_comfyui()
+    worker = site.start_worker()
+    site.await_result(site.send(image_workflow()))
+    before = peak_mb(worker.pid)
+    job_id = site.send(image_workflow(2))
+    await_that("the job runs", lambda: site.runs(job_id))
+    video = site.folder / "job-output" / job_id / "video.mp4"
+    video.parent.mkdir(exist_ok=True)
+    with video.open("wb") as file:
+        file.truncate(300 * 2**20)
+    result = site.await_result(job_id)
+    size = site.s3.head_object(Bucket=site.bucket, Key=f"output/{job_id}/video.mp4")
+    assert size["ContentLength"] == 300 * 2**20
+    assert size["ETag"].strip('"').endswith("-38"), "in parts of 8 MB"
+    assert len(result["outputs"]) == 2
+    assert peak_mb(worker.pid) - before < 120
+
+
+def peak_mb(pid: int) -> float:
+    """The most memory a process has used."""
+    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) / 1024

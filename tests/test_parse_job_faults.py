@@ -87,6 +87,66 @@ def test_files_without_an_entry_in_the_history_are_stored(
     assert site.keys(f"output/{job_id}/") == [f"output/{job_id}/loras/x.safetensors"]
 
 
+def test_files_are_uploaded_side_by_side_and_named_in_order(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = make_site()
+    worker = make_worker(site, monkeypatch)
+    job_id = new_job_id()
+    folder = site.folder / "job-output" / job_id
+    folder.mkdir(parents=True)
+    named = [OutputFile("9", "images", f"{number}.png", job_id, "output") for number in range(4)]
+    for file in named:
+        (folder / file.filename).write_text(file.filename)
+    together = threading.Barrier(4)  # opens only when all four are under way
+    put = worker.s3.put_object
+
+    def put_object(**arguments: Any) -> Any:
+        together.wait(LIMIT_S)
+        return put(**arguments)
+
+    monkeypatch.setattr(worker.s3, "put_object", put_object)
+    outputs, _ = worker.store_files(job_id, named)
+    assert [output["s3_key"] for output in outputs] == [f"output/{job_id}/{number}.png" for number in range(4)]
+    assert len(site.keys(f"output/{job_id}/")) == 4
+
+
+def test_a_file_that_mountpoint_has_written_costs_one_head(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch, faults: Faults
+) -> None:
+    site = make_site(ENV="base")
+    worker = make_worker(site, monkeypatch)
+    job_id = new_job_id()
+    path = site.folder / "ComfyUI/output" / job_id / "x.png"
+    path.parent.mkdir()
+    path.write_bytes(b"a picture")
+    site.s3.put_object(Bucket=site.bucket, Key=f"output/{job_id}/x.png", Body=b"a picture")
+    heads, puts, gets = (faults.count("s3", method) for method in ("HEAD", "PUT", "GET"))
+    outputs, _ = worker.store_files(job_id, [])
+    assert [output["s3_key"] for output in outputs] == [f"output/{job_id}/x.png"]
+    assert (heads(), puts(), gets()) == (1, 0, 0)
+    path.write_bytes(b"another one")
+    worker.store_files(job_id, [])
+    assert puts() == 1, "another size"
+
+
+def test_a_log_is_uploaded_only_when_it_has_changed(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch, faults: Faults
+) -> None:
+    site = make_site()
+    worker = make_worker(site, monkeypatch)
+    log = site.folder / "logs/parse_job.log"
+    log.write_text("one\n")
+    puts = faults.count("s3", "PUT")
+    for _ in range(2):
+        worker.upload_logs()
+    assert puts() == 1
+    with log.open("a") as file:
+        file.write("two\n")
+    worker.upload_logs()
+    assert puts() == 2
+
+
 def test_a_job_outlives_its_socket(busy_site: Site) -> None:
     job_id = busy_site.send(image_workflow(3))
     await_that("the job runs", lambda: busy_site.runs(job_id))

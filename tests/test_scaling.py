@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import json
 import socket
+import time
+from collections import Counter
 from typing import Any
 
 import pytest
 from conftest import Site, await_that, group_of, image_workflow
 from local_cloud import Fault, LocalCloud, Machine
 
-from comfy_utils import QueueDepth
+from comfy_utils import Group, QueueDepth
 from parse_job import (
+    AHEAD_LIMIT_S,
     ALL_LONG_S,
+    LANES,
     LONG_JOB_S,
+    METRICS_KEPT,
+    READY_S,
     TURN_S,
+    Metrics,
     QueueHistory,
+    Replacement,
     leaving_turn,
     long_jobs,
+    may_fetch_ahead,
     may_leave,
+    replacement_step,
 )
 
 EMPTY = QueueDepth(0, 0)
@@ -292,3 +302,164 @@ def test_a_spot_notice_with_a_job_an_upload_and_messages_at_hand(fleet: Fleet, c
     assert site.runs(waiting) == 0
     calls.faults.clear()
     await_that("it goes", lambda: "Hands the instance back" in site.log())
+
+
+# --- Fetching ahead --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("waiting", "others", "in_hand", "last_run_s", "running_s", "may"),
+    [
+        pytest.param(1, 0, 1, 5.0, 0.0, True, id="alone, and one waits"),
+        pytest.param(0, 0, 1, 5.0, 0.0, False, id="nothing waits"),
+        pytest.param(3, 3, 1, 5.0, 0.0, False, id="each of the others, booting or not, is to find one"),
+        pytest.param(4, 3, 1, 5.0, 0.0, True, id="each of them does"),
+        pytest.param(9, 0, 2, 5.0, 0.0, False, id="one ahead is enough"),
+        pytest.param(9, 0, 2, 0.1, 0.0, True, id="two where jobs are shorter than it takes to fetch one"),
+        pytest.param(9, 5, 2, 0.1, 0.0, False, id="but then the others are to find two"),
+        pytest.param(99, 0, LANES, 0.0, 0.0, False, id="never more than there are lanes"),
+        pytest.param(99, 0, 1, AHEAD_LIMIT_S + 1.0, 0.0, False, id="jobs are long"),
+        pytest.param(99, 0, 1, 5.0, AHEAD_LIMIT_S + 1.0, False, id="this one turns out long"),
+        pytest.param(99, 0, 1, None, 0.0, False, id="nothing is known of how long they are"),
+    ],
+)
+def test_who_fetches_ahead(
+    waiting: int, others: int, in_hand: int, last_run_s: float | None, running_s: float, may: bool
+) -> None:
+    assert may is may_fetch_ahead(
+        waiting=waiting, others=others, in_hand=in_hand, last_run_s=last_run_s, running_s=running_s
+    )
+
+
+# --- Replacing outdated instances ------------------------------------------------------------------------
+
+BUSY = QueueDepth(3, 2)
+
+
+@pytest.mark.parametrize(
+    ("group_now", "depth", "has_come", "is_ready", "step"),
+    [
+        pytest.param(Group(2, 0, 4, ["a", "b"], ()), BUSY, False, False, "", id="nobody is outdated"),
+        pytest.param(Group(2, 0, 4, ["a", "b"], ("a", "b")), BUSY, False, False, "launch", id="another first"),
+        pytest.param(Group(2, 0, 4, ["0", "a"], ("0", "a")), BUSY, False, False, "", id="not its turn"),
+        pytest.param(Group(3, 0, 4, ["a", "b"], ("a", "b")), BUSY, False, False, "", id="one is on its way"),
+        pytest.param(Group(3, 0, 4, ["a", "b", "n"], ("a", "b")), BUSY, True, False, "", id="it still boots"),
+        pytest.param(Group(3, 0, 4, ["a", "b", "n"], ("a", "b")), BUSY, True, True, "leave", id="it is ready"),
+        pytest.param(Group(4, 0, 4, ["a", "b", "n", "m"], ("a", "b")), BUSY, False, False, "swap", id="no room"),
+        pytest.param(Group(1, 0, 1, ["a"], ("a",)), BUSY, False, False, "swap", id="no room, the only one"),
+        pytest.param(Group(2, 0, 4, ["0", "a"], ("0", "a")), EMPTY, False, False, "leave", id="nobody needs it"),
+        pytest.param(Group(1, 1, 4, ["a"], ("a",)), EMPTY, False, False, "launch", id="idle, at the minimum"),
+        pytest.param(Group(1, 0, 4, ["a"], ("a",)), QueueDepth(0, 1), False, False, "launch", id="a job runs"),
+    ],
+)
+def test_what_an_outdated_instance_does(
+    group_now: Group, depth: QueueDepth, has_come: bool, is_ready: bool, step: str
+) -> None:
+    assert replacement_step(group_now, "a", depth, has_come=has_come, is_ready=is_ready) == step
+
+
+def test_the_one_that_came_is_told_from_those_that_were_there() -> None:
+    replacement = Replacement()
+    there = Group(2, 0, 4, ["a", "b", "n"], ("a",))
+    assert replacement.step(Group(3, 0, 4, ["a", "b", "n"], ("a",)), "a", BUSY, now=0) == "launch"
+    assert replacement.step(there._replace(desired=4), "a", BUSY, now=10) == ""
+    assert not replacement.is_due
+    come = Group(4, 0, 4, ["a", "b", "n", "new"], ("a",))
+    replacement.step(come, "a", BUSY, now=20)
+    replacement.step(come, "a", BUSY, now=20 + READY_S - 1)
+    assert not replacement.is_due
+    replacement.step(come, "a", BUSY, now=20 + READY_S)
+    assert (replacement.is_due, replacement.decrement) == (True, True)
+
+
+# --- Figures and calls -----------------------------------------------------------------------------------
+
+
+def receipt(wait_s: float, run_s: float, error: str | None = None) -> dict[str, Any]:
+    return {"error": error and {"message": error}, "timings": {"wait_s": wait_s, "run_s": run_s}}
+
+
+def test_each_minute_has_its_figures() -> None:
+    metrics = Metrics()
+    now = metrics._minute_began
+    for number in range(61):
+        metrics.tick(now + number, busy=number <= 15)
+    assert [figure["MetricName"] for figure in metrics.due(now + 60, last=False)] == ["BusyShare"]
+    for job in (receipt(1.24, 2), receipt(1.21, 3), receipt(9, 3, "no")):
+        metrics.add_job(job)
+    figures = {figure["MetricName"]: figure for figure in metrics.due(now + 61, last=True)[1:]}
+    assert figures["JobsSucceeded"]["Value"] == 2
+    assert figures["JobsFailed"]["Value"] == 1
+    assert (figures["WaitSeconds"]["Values"], figures["WaitSeconds"]["Counts"]) == ([1.2, 9.0], [2.0, 1.0])
+    assert metrics.due(now, last=True)[0]["Value"] == 25.0, "it waits until it has been sent"
+
+
+def test_an_idle_workers_minutes_are_sent_five_at_once_and_figures_never_pile_up() -> None:
+    metrics = Metrics()
+    start = metrics._minute_began
+    for minute in range(1, 5):
+        metrics.tick(start + 60 * minute, busy=False)
+        assert not metrics.due(start + 60 * minute, last=False)
+    metrics.tick(start + 300, busy=False)
+    assert len(metrics.due(start + 300, last=False)) == 5
+    metrics.sent(5)
+    for minute in range(6, 1000):
+        metrics.add_job(receipt(minute, minute * 1.7))
+        metrics.tick(start + 60 * minute, busy=True)
+    for second in range(1000):
+        metrics.add_job(receipt(second, second))
+    figures = metrics.due(start, last=True)
+    assert len(figures) <= METRICS_KEPT
+    assert max(len(figure.get("Values", ())) for figure in figures) <= 150, "CloudWatch takes no more"
+
+
+def test_the_figures_reach_cloudwatch_and_a_refusal_is_said_once(
+    cloud: LocalCloud, fleet: Fleet, calls: Calls
+) -> None:
+    site, _ = fleet
+    speed_up(site, {"METRIC_S = 60": "METRIC_S = 1"})
+    report = {"phases": {"mount": 1.5}, "comfyui_started_at": time.time()}
+    (site.folder / "logs/boot.json").write_text(json.dumps(report))
+    calls.faults["PutMetricData"] = [Fault(403, "AccessDenied")] * 2
+    start(site)
+    assert site.await_result(site.send(image_workflow(3)))["status"] == "succeeded"
+
+    def published() -> set[str]:
+        found = cloud.client("cloudwatch").list_metrics(Namespace=f"{site.prefix}/{site.env}")["Metrics"]
+        return {metric["MetricName"] for metric in found}
+
+    expected = {"BusyShare", "JobsSucceeded", "WaitSeconds", "RunSeconds", "BootSeconds"}
+    await_that("all figures are there", lambda: published() == expected)
+    assert site.log().count("Cannot publish figures") == 1
+    assert "cloudwatch:PutMetricData)" in site.log()
+
+
+def speed_up(site: Site, changes: dict[str, str]) -> None:
+    """Change constants of the site's own worker."""
+    script = site.folder / "parse_job.py"
+    text = script.read_text()
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    script.write_text(text)
+
+
+@pytest.mark.slow
+def test_an_idle_worker_makes_five_calls_a_minute(cloud: LocalCloud, fleet: Fleet, calls: Calls) -> None:
+    site, _ = fleet
+    update_group(cloud, site, MinSize=1)
+    text = (site.folder / "env").read_text()
+    (site.folder / "env").write_text(text.replace("SCALE_COOLDOWN=2", "SCALE_COOLDOWN=18"))
+    # Ten times as fast as in life: a minute takes six seconds.
+    tenth = {"POLL_S = 20": "POLL_S = 2", "GROUP_AGE_S = 300": "GROUP_AGE_S = 30", "LOG_UPLOAD_S = 300": "LOG_UPLOAD_S = 30", "METRIC_S = 60": "METRIC_S = 6", "2 * POLL_S - 1": "2 * POLL_S - 0.1"}  # fmt: skip
+    speed_up(site, tenth)
+    start(site)
+    site.await_result(site.send(image_workflow()))
+    site.await_empty_queue()
+    calls.await_more("GetQueueAttributes", 2)
+    began = len(calls.seen)
+    limit = time.monotonic() + 30
+    await_that("five minutes pass", lambda: time.monotonic() > limit)
+    seen = [name for name in calls.seen[began:] if name != "DescribeAlarms"]
+    assert len(seen) <= 26, Counter(seen)
+    assert seen.count("ReceiveMessage") >= 10, "it did poll all the time"

@@ -903,51 +903,15 @@ def test_the_real_lsblk_knows_our_options(words: str) -> None:
 # --- comfy-manage ------------------------------------------------------------------------------
 
 
-def test_the_worker_waits_until_comfyui_answers_with_200(
-    machine: Machine, serve: Callable[..., http.server.ThreadingHTTPServer]
-) -> None:
-    asked: list[str] = []
-    ready = threading.Event()
-
-    class Starting(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            asked.append(self.path)
-            if len(asked) > 1:  # the first time it hangs up without a word
-                self.send_response(200 if ready.is_set() else 503, "200 in the reason proves nothing")
-                self.end_headers()
-
-        def log_message(self, *_args: object) -> None:
-            pass
-
-    bound = socket.socket()
-    bound.bind(("127.0.0.1", 0))  # and does not listen: connections are refused
-    machine.settings(COMFY_ADDRESS=f"127.0.0.1:{bound.getsockname()[1]}")
-    process = machine.start("comfy-manage", WAIT_REPORT_SECONDS="0")
-    assert process.stdout is not None
-    assert "waiting for ComfyUI on 127.0.0.1:" in process.stdout.readline()
-    serve(Starting, bound)
-    await_true("503 was answered twice", lambda: len(asked) >= 4)
-    assert not (machine.state / "started.json").exists()
-    ready.set()
+def test_the_worker_is_started_at_once_and_waits_for_comfyui_itself(machine: Machine) -> None:
+    process = machine.start("comfy-manage")
     stdout, stderr = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 0, stdout + stderr
-    assert set(asked) == {"/system_stats"}
     report = machine.started()
     assert (report["argv"], report["cwd"]) == (["parse_job.py"], str(machine.home))
     assert report["pid"] == process.pid
     assert report["env"]["AWS_REGION"] == "us-west-2"
     assert "words on stdout" in stdout
-
-
-def test_a_waiting_worker_stops_at_once(machine: Machine) -> None:
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        machine.settings(COMFY_ADDRESS=f"127.0.0.1:{bound.getsockname()[1]}")
-        process = machine.start("comfy-manage", WAIT_REPORT_SECONDS="0")
-        assert process.stdout is not None
-        process.stdout.readline()
-        process.terminate()
-        assert process.wait(timeout=PATIENCE_SECONDS) == -signal.SIGTERM
 
 
 def test_systemd_hears_that_the_worker_is_up_before_cloud_init_is_waited_for(machine: Machine) -> None:
@@ -962,22 +926,8 @@ def test_systemd_hears_that_the_worker_is_up_before_cloud_init_is_waited_for(mac
     process.wait(timeout=PATIENCE_SECONDS)
 
 
-def test_the_watchdog_is_left_to_the_worker(
-    machine: Machine, serve: Callable[..., http.server.ThreadingHTTPServer]
-) -> None:
-    class Ready(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(200)
-            self.end_headers()
-
-        def log_message(self, *_args: object) -> None:
-            pass
-
+def test_the_watchdog_is_left_to_the_worker(machine: Machine) -> None:
     machine.stub("systemd-notify", "")
-    bound = socket.socket()
-    bound.bind(("127.0.0.1", 0))
-    machine.settings(COMFY_ADDRESS=f"127.0.0.1:{bound.getsockname()[1]}")
-    serve(Ready, bound)
     (machine.home / "parse_job.py").write_text(REPORT + LAST_WORDS)
     machine.stub("cloud-init", 'until grep -q WATCHDOG=1 "$STATE/calls"; do sleep 0.05; done')
     process = machine.start("comfy-manage", NOTIFY_SOCKET=str(machine.state / "nobody"), WATCHDOG_SECONDS="0.1")
