@@ -388,7 +388,7 @@ choose_subnets() {
     private=("${all[@]}")
   fi
   SUBNETS=$(listed "${private[@]}")
-  ZONES=$(listed "${!zones[@]}")
+  ZONES=$(printf '%s\n' "${!zones[@]}" | sort | paste -s -d ,)
 }
 
 # listed WORD...: with commas between them.
@@ -403,7 +403,7 @@ check_endpoint() {
   local -a without=()
   answer=$(try_aws "look at the endpoints of $VPC" ec2 describe-vpc-endpoints \
     --filters "Name=vpc-id,Values=$VPC" Name=vpc-endpoint-type,Values=Gateway \
-    --query "VpcEndpoints[?ends_with(ServiceName, '.s3')].RouteTableIds[]" --output text) || return 0
+    --query "VpcEndpoints[?ends_with(ServiceName, '.s3') && (State=='available' || State=='Available')].RouteTableIds[]" --output text) || return 0
   for table in $ROUTE_TABLES; do
     [[ $answer == *"$table"* ]] || without+=("$table")
   done
@@ -623,7 +623,7 @@ copy_files() {
     s3 "${how[@]}" "s3://$BASE_S3_BUCKET" "s3://$S3_BUCKET" --no-progress "${exclude[@]}")
   copied=$(grep -cE '^(\(dryrun\) )?copy: ' <<<"$copied") || copied=0
   if ((copied)); then
-    report files "s3://$S3_BUCKET" "copied: $copied files"
+    report files "s3://$S3_BUCKET" "copied: $copied"
   else
     report files "s3://$S3_BUCKET" "already there"
   fi
@@ -1547,7 +1547,7 @@ copy_folder() {
     [[ -z $changed ]] \
       || die "these files of $folder did not arrive in $target with their size, so nothing was removed, run this again:$(one_line "$(head -n 5 <<<"$changed")")"
   fi
-  report files "$target" "copied: $(list_files "$folder" | wc -l) files, each there with its size"
+  report files "$target" "copied: $(list_files "$folder" | wc -l), each there with its size"
 }
 
 # list_files FOLDER: size, path and time of change of every file, sorted; a folder with nothing in it ends in /.

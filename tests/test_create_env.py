@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import os
+import re
+import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -14,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from aws_fixtures import ENV_FILE, Aws, Base, Bundle, aws, aws_server, bundle, tags_of
+from aws_fixtures import ENV_FILE, TESTS, Aws, Base, Bundle, aws, aws_server, bundle, shape, tags_of
 from local_cloud import ACCOUNT_ID, REGION
 
 __all__ = ["aws", "aws_server", "bundle"]
@@ -62,7 +65,9 @@ def test_an_environment_is_made_completed_left_alone_and_changed(bundle: Bundle,
     bundle.set(INSTANCE_TYPES='"g6.xlarge g5.2xlarge"', SPOT_PERCENT="70")
     group = {"AutoScalingGroupName": "simple-comfy-pro-asg"}
     aws.client("autoscaling").delete_policy(PolicyName=ALARM)
-    aws.client("autoscaling").delete_lifecycle_hook(LifecycleHookName="comfy-terminating", **group)
+    transition = "autoscaling:EC2_INSTANCE_TERMINATING"
+    hook = {"LifecycleHookName": "comfy-terminating", "LifecycleTransition": transition, "HeartbeatTimeout": 3600}
+    aws.client("autoscaling").put_lifecycle_hook(**hook, **group)
     aws.client("autoscaling").resume_processes(ScalingProcesses=["AZRebalance"], **group)
     aws.open_to_internet(story.base.vpc, story.base.private[1])
     run()
@@ -90,7 +95,7 @@ def check_the_run_that_completed_it(story: Story) -> None:
         ("group", "created"),
         ("alarm", "created"),
     ]
-    assert ran.stdout.count("already there") == 4
+    assert ran.stdout.count("already there") == 5
     assert "0 instances wanted now, 0 to 20 g5.2xlarge" in ran.stdout
     assert "Next: ./send_job.py --env pro" in ran.stdout
     image_ids = [[image["ImageId"] for image in found["images"]] for found in story.found]
@@ -160,7 +165,7 @@ def check_group(story: Story) -> None:
     assert group["NewInstancesProtectedFromScaleIn"] is True
     assert group["HealthCheckType"] == "EC2"
     assert [process["ProcessName"] for process in group["SuspendedProcesses"]] == ["AZRebalance"]
-    assert tags_of(group["Tags"])["comfy-env"] == "pro"
+    assert (tags_of(group["Tags"])["comfy-env"], tags_of(group["Tags"])["comfy-version"]) == ("pro", "1")
     assert hook["LifecycleHookName"] == "comfy-terminating"
     assert hook["LifecycleTransition"] == "autoscaling:EC2_INSTANCE_TERMINATING"
     assert (hook["HeartbeatTimeout"], hook["DefaultResult"]) == (300, "CONTINUE")
@@ -200,13 +205,14 @@ def check_alarm(story: Story) -> None:
 def check_that_nothing_changed(story: Story) -> None:
     assert story.found[AGAIN] == story.found[COMPLETED]
     printed = story.ran[AGAIN].stdout
-    assert printed.count("already there") == 7
+    assert printed.count("already there") == 8
     assert "created" not in printed
     assert "updated" not in printed
 
 
 def check_that_settings_were_applied(story: Story) -> None:
     found = story.found[CHANGED]
+    assert (story.ran[CHANGED].returncode, story.ran[CHANGED].stderr) == (0, "")
     assert found[QUEUE]["attributes"]["VisibilityTimeout"] == "60"
     assert json.loads(found[QUEUE]["attributes"]["RedrivePolicy"])["maxReceiveCount"] == 5
     (group,) = found["groups"]
@@ -217,6 +223,7 @@ def check_that_settings_were_applied(story: Story) -> None:
     assert len(found["versions"]) == 2
     (default,) = [version for version in found["versions"] if version["DefaultVersion"]]
     assert default["LaunchTemplateData"]["InstanceType"] == "g6.xlarge"
+    assert tags_of(group["Tags"])["comfy-version"] == "2", "the workers see that they are outdated"
     assert found["images"] == story.found[COMPLETED]["images"]
     policy = group["MixedInstancesPolicy"]
     assert policy["LaunchTemplate"]["LaunchTemplateSpecification"]["Version"] == "$Default"
@@ -263,16 +270,367 @@ def test_user_data_chooses_the_environment_and_forgets_the_logs(
         assert list((home / "logs").iterdir()) == []
 
 
+# --- Stopped anywhere, and run again ---------------------------------------------------------------------------
+
+PARTS = 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", range(PARTS))
+def test_a_run_that_is_killed_after_any_aws_call_is_completed_by_the_next(
+    bundle: Bundle, aws: Aws, part: int
+) -> None:
+    """Where a call has changed nothing, the next run finds what it found one call earlier: that is not run again."""
+    base = aws.make_base(looks_until_available=2)
+    calls = bundle.run_killed("create_env.sh", "pro", base.instance_id, after=1000)
+    assert calls
+    whole, before = shape(aws.everything("pro")), ""
+    for call in range(1 + calls * part // PARTS, 1 + calls * (part + 1) // PARTS):
+        aws.reset()
+        base = aws.make_base(looks_until_available=2)
+        assert bundle.run_killed("create_env.sh", "pro", base.instance_id, after=call) is None
+        if (found := shape(aws.everything("pro"))) != before:
+            before = found
+            ran = bundle.run("create_env.sh", "pro", base.instance_id)
+            assert (ran.returncode, ran.stderr) == (0, ""), f"after call {call}"
+            assert shape(aws.everything("pro")) == whole, f"after call {call}"
+
+
+def image_ids(found: dict[str, Any]) -> list[str]:
+    """The environment's images, the oldest first."""
+    return [image["ImageId"] for image in sorted(found["images"], key=lambda image: str(image["CreationDate"]))]
+
+
+def image_in_use(found: dict[str, Any]) -> str:
+    """The image of the template's default version, which the group must know."""
+    (version,) = [version for version in found["versions"] if version["DefaultVersion"]]
+    assert tags_of(found["groups"][0]["Tags"])["comfy-version"] == str(version["VersionNumber"])
+    return str(version["LaunchTemplateData"]["ImageId"])
+
+
+def run_well(bundle: Bundle, *arguments: str) -> list[str]:
+    """Run create_env.sh, which must succeed without a warning. Returns the lines it reports."""
+    ran = bundle.run("create_env.sh", *arguments)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    return ran.stdout.partition("\n\n")[0].splitlines()[1:]
+
+
+@pytest.mark.slow
+def test_a_rebake_and_a_rollback_that_are_killed_after_each_change_are_gone_on_with(bundle: Bundle, aws: Aws) -> None:
+    base = aws.make_base(looks_until_available=2)
+    run_well(bundle, "pro", base.instance_id)
+    (first,) = image_ids(aws.everything("pro"))
+
+    rebake = ("create_env.sh", "pro", base.instance_id, "--rebake", "--keep", "0")
+    for words in (
+        "ec2 create-image",
+        "ec2 create-launch-template-version",
+        "ec2 modify-launch-template",
+        "autoscaling create-or-update-tags",
+        "ec2 deregister-image",
+    ):
+        assert bundle.run_killed(*rebake, after=words) is None, words
+        if words == "ec2 create-launch-template-version":
+            lines = run_well(bundle, "pro", base.instance_id)
+            assert image_in_use(aws.everything("pro")) == first, "a plain run does not move the fleet"
+            assert any("waits for the --rebake that was stopped" in line for line in lines)
+    run_well(bundle, *rebake[1:])
+    found = aws.everything("pro")
+    (second,) = image_ids(found)
+    assert second != first
+    assert image_in_use(found) == second
+    assert len(found["versions"]) == 2
+    assert len(found["snapshots"]) == 1, "the snapshot whose image had gone when it was killed has gone too"
+
+    run_well(bundle, *rebake[1:4])
+    third = image_ids(aws.everything("pro"))[-1]
+    rollback = ("create_env.sh", "pro", base.instance_id, "--rollback")
+    for words in (
+        "ec2 create-tags",
+        "ec2 create-launch-template-version",
+        "ec2 modify-launch-template",
+        "autoscaling create-or-update-tags",
+    ):
+        assert bundle.run_killed(*rollback, after=words) is None, words
+    run_well(bundle, *rollback[1:])
+    found = aws.everything("pro")
+    assert image_ids(found) == [second, third]
+    assert image_in_use(found) == second
+    assert len(found["versions"]) == 4
+
+
+@pytest.mark.slow
+def test_the_fleet_moves_to_new_images_and_back(bundle: Bundle, aws: Aws) -> None:
+    base = aws.make_base(looks_until_available=3)
+
+    def run(*options: str) -> list[str]:
+        """Each run is foretold by --dry-run, line by line, which changes nothing."""
+        before = aws.everything("pro")
+        foretold = [foreseen(line) for line in run_well(bundle, "pro", base.instance_id, *options, "--dry-run")]
+        assert aws.everything("pro") == before
+        lines = run_well(bundle, "pro", base.instance_id, *options)
+        told = [foreseen(line) for line in lines if "waiting until it can be used" not in line]
+        assert told == foretold
+        return lines
+
+    def foreseen(line: str) -> str:
+        return re.sub(r"ami-\S+|snap-\S+|20\d{6}T\d{6}Z", "*", line.replace("to be ", "")).replace(" ", "")
+
+    assert "25%" not in str(run()), "nobody waits for an image without need"
+    waited = str(run("--wait"))
+    assert "waiting until it can be used" not in waited or "%" in waited
+    (first,) = image_ids(aws.everything("pro"))
+    ec2 = aws.client("ec2")
+    (busy,) = ec2.run_instances(ImageId=first, MinCount=1, MaxCount=1)["Instances"]
+    shown = str(run("--rebake"))
+    assert "waiting until it can be used, some minutes: 33%" in shown
+    assert "waiting until it can be used, some minutes: 66%" in shown
+    second = image_in_use(aws.everything("pro"))
+    assert image_ids(aws.everything("pro")) == [first, second], "one is kept"
+    run("--rollback")
+    assert image_in_use(aws.everything("pro")) == first
+    run()
+    assert image_in_use(aws.everything("pro")) == first, "not undone by a plain run, though there is a newer image"
+    refused_rollback = bundle.run("create_env.sh", "pro", base.instance_id, "--rollback")
+    assert "there is no earlier image of pro to go back to" in refused_rollback.stderr
+    bundle.set(MAX_INSTANCES="7")
+    run("--rebake", "--keep", "0")
+    found = aws.everything("pro")
+    third = image_in_use(found)
+    assert image_ids(found) == [first, third], "what was rolled back is gone, what an instance uses stays"
+    assert [tags_of(image["Tags"]).get("comfy-image") for image in found["images"]] == [None, "used"]
+    ec2.terminate_instances(InstanceIds=[busy["InstanceId"]])
+    run("--keep", "0")
+    found = aws.everything("pro")
+    assert image_ids(found) == [third]
+    assert len(found["snapshots"]) == 1
+    assert found["groups"][0]["MaxSize"] == 7
+
+
+# --- The base machine itself -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def comfy_home(bundle: Bundle) -> Path:
+    """A base machine's folder with files in ComfyUI, of which one lies elsewhere."""
+    comfyui = bundle.folder / "ComfyUI"
+    (comfyui / "models" / "loras").mkdir(parents=True)
+    (comfyui / "models" / "checkpoints").mkdir()
+    (comfyui / "models" / "checkpoints" / "a model.safetensors").write_text("weights")
+    (bundle.folder / "elsewhere.safetensors").write_text("more weights")
+    (comfyui / "models" / "linked.safetensors").symlink_to(bundle.folder / "elsewhere.safetensors")
+    (comfyui / "input").mkdir()
+    (comfyui / "output").mkdir()
+    (comfyui / "output" / "日本.png").write_text("picture")
+    bundle.set(COMFY_HOME=str(bundle.folder))
+    return bundle.folder
+
+
+MOVED = {
+    "models/checkpoints/a model.safetensors": "weights",
+    "models/linked.safetensors": "more weights",
+    "models/loras/": "",
+    "output/日本.png": "picture",
+}
+
+
+def look_of(folder: Path) -> dict[str, str]:
+    """Every file and link below ComfyUI and what it holds."""
+    return {
+        str(path.relative_to(folder)): str(path.readlink()) if path.is_symlink() else path.read_text()
+        for path in sorted(folder.rglob("*"))
+        if path.is_symlink() or path.is_file()
+    }
+
+
+LINKED = {name: f"../s3/{name}" for name in ("models", "input", "output")}
+
+
+def test_base_gets_a_bucket_and_queues(bundle: Bundle, aws: Aws) -> None:
+    foretold = run_well(bundle, "base", "--dry-run")
+    assert aws.everything("base") == {}
+    lines = run_well(bundle, "base")
+    assert [line.replace("to be ", "") for line in foretold] == lines
+    found = aws.everything("base")
+    assert set(found) >= {"bucket", "simple-comfy-base-queue", "simple-comfy-base-queue-dlq"}
+    assert not {"images", "groups", "templates"} & set(found)
+    assert set(found["bucket access"].values()) == {True}
+    assert all(line.endswith("already there") for line in run_well(bundle, "base"))
+    assert aws.everything("base") == found
+
+
+@pytest.mark.slow
+def test_data_is_moved_to_the_bucket_by_any_number_of_runs_that_are_killed(
+    bundle: Bundle, aws: Aws, comfy_home: Path
+) -> None:
+    options = ("base", "--move-data", "--yes")
+    before = look_of(comfy_home / "ComfyUI")
+    foretold = run_well(bundle, *options, "--dry-run")
+    assert aws.everything("base") == {}
+    assert look_of(comfy_home / "ComfyUI") == before
+    kept = shutil.copytree(comfy_home, comfy_home.parent / "kept", symlinks=True)
+    lines = run_well(bundle, *options)
+    assert [re.sub(" +", " ", line.replace("to be ", "")) for line in foretold] == [
+        re.sub(" +", " ", line) for line in lines
+    ]
+    assert aws.files(BASE_BUCKET) == MOVED
+    assert look_of(comfy_home / "ComfyUI") == LINKED
+    assert (comfy_home / "elsewhere.safetensors").read_text() == "more weights"
+    for call in itertools.count(1):
+        aws.reset()
+        shutil.rmtree(comfy_home)
+        shutil.copytree(kept, comfy_home, symlinks=True)
+        if bundle.run_killed("create_env.sh", *options, after=call):
+            break
+        there = set(aws.files(BASE_BUCKET).values()) if aws.client("s3").list_buckets()["Buckets"] else set()
+        here = {path.read_text() for path in (comfy_home / "ComfyUI").rglob("*") if path.is_file()}
+        assert here | there >= {"weights", "more weights", "picture"}, f"a file was lost after call {call}"
+        run_well(bundle, *options)
+        assert aws.files(BASE_BUCKET) == MOVED
+        assert look_of(comfy_home / "ComfyUI") == LINKED
+
+
+def meddle(bundle: Bundle, words: str, command: str) -> str:
+    """A PATH on which `command` runs once, right after the first AWS call with these words."""
+    folder = bundle.folder.parent / "meddling"
+    folder.mkdir()
+    stub = folder / "aws"
+    stub.write_text(
+        f"""#!/usr/bin/env bash
+'{TESTS}/bin/aws' "$@" || exit
+if [[ " $* " == *" {words} "* ]] && mkdir '{folder}/done' 2>/dev/null; then {command}; fi
+"""
+    )
+    stub.chmod(0o755)
+    return f"{folder}:{bundle.aws.environment()['PATH']}"
+
+
+def test_a_file_that_changes_while_it_is_copied_is_copied_again(bundle: Bundle, aws: Aws, comfy_home: Path) -> None:
+    path = meddle(bundle, "s3 sync", f"printf WEIGHTS >'{comfy_home}/ComfyUI/models/checkpoints/a model.safetensors'")
+    ran = bundle.run("create_env.sh", "base", "--move-data", PATH=path)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert aws.files(BASE_BUCKET) == MOVED | {"models/checkpoints/a model.safetensors": "WEIGHTS"}
+    moved = comfy_home / "ComfyUI" / "models.moved" / "checkpoints" / "a model.safetensors"
+    assert moved.read_text() == "WEIGHTS", "without --yes, and nobody to ask, the folder stays beside the link"
+    assert "run this again with --yes to remove it" in ran.stdout
+    late = moved.with_name("late.safetensors")
+    late.write_text("written after the last look")
+    ran = bundle.run("create_env.sh", "base", "--move-data", "--yes")
+    assert f"{comfy_home}/ComfyUI/models.moved has files that are not in the bucket" in ran.stderr
+    assert late.exists()
+    late.unlink()
+    run_well(bundle, "base", "--move-data", "--yes")
+    assert look_of(comfy_home / "ComfyUI") == LINKED
+
+
+def test_a_file_that_did_not_arrive_keeps_the_folder(bundle: Bundle, comfy_home: Path) -> None:
+    path = meddle(bundle, "s3 sync", f"aws s3 rm --quiet s3://{BASE_BUCKET}/models/linked.safetensors")
+    before = look_of(comfy_home / "ComfyUI" / "models")
+    ran = bundle.run("create_env.sh", "base", "--move-data", "--yes", PATH=path)
+    assert ran.returncode == 1
+    assert "did not arrive in" in ran.stderr
+    assert "12\tlinked.safetensors" in ran.stderr
+    assert look_of(comfy_home / "ComfyUI" / "models") == before
+    run_well(bundle, "base", "--move-data", "--yes")
+
+
+def test_what_s3_cannot_hold_or_has_otherwise_is_told_before_anything_is_copied(
+    bundle: Bundle, aws: Aws, comfy_home: Path
+) -> None:
+    models = comfy_home / "ComfyUI" / "models"
+    (models / "broken.safetensors").symlink_to("gone")
+    ran = bundle.run("create_env.sh", "base", "--move-data")
+    assert ran.returncode == 1
+    assert f"{models}/broken.safetensors" in ran.stderr
+    (models / "broken.safetensors").unlink()
+    (models / "loop").symlink_to(models)
+    assert "cannot read all of" in bundle.run("create_env.sh", "base", "--move-data").stderr
+    (models / "loop").unlink()
+    aws.client("s3").put_object(Bucket=BASE_BUCKET, Key="models/linked.safetensors", Body=b"another")
+    ran = bundle.run("create_env.sh", "base", "--move-data")
+    assert "and, with another size, in" in ran.stderr
+    assert ran.stderr.rstrip().endswith("linked.safetensors")
+    assert aws.files(BASE_BUCKET) == {"models/linked.safetensors": "another"}
+
+
+# --- Checks ----------------------------------------------------------------------------------------------------
+
+
+def test_all_problems_are_told_together(bundle: Bundle, aws: Aws) -> None:
+    base = aws.make_base(files=False)
+    bundle.set(MIN_INSTANCES="30", INSTANCE_TYPE="g99.xlarge")
+    ran = bundle.run("create_env.sh", "pro", base.instance_id, "--rollback")
+    assert ran.returncode == 1
+    assert ran.stdout == ""
+    assert [line.split(": ", 1)[1][:40] for line in ran.stderr.splitlines()] == [
+        "MIN_INSTANCES is '30': set it in " + str(bundle.env_file)[:7],
+        "AWS has no g99.xlarge in us-west-2a,us-w",
+        f"the base machine's bucket {BASE_BUCKET}"[:40],
+        "there is no earlier image of pro to go b",
+    ]
+    assert aws.everything("pro") == {}
+
+
+def test_warnings_stop_nobody(bundle: Bundle, aws: Aws) -> None:
+    base = aws.make_base()
+    ec2 = aws.client("ec2")
+    endpoints = [endpoint["VpcEndpointId"] for endpoint in ec2.describe_vpc_endpoints()["VpcEndpoints"]]
+    ec2.delete_vpc_endpoints(VpcEndpointIds=endpoints)
+    bundle.set(MAX_INSTANCES="100", INSTANCE_TYPES='"g5.2xlarge g99.xlarge"', SPOT_PERCENT="1")
+    ran = bundle.run("create_env.sh", "pro", base.instance_id, "--dry-run")
+    assert ran.returncode == 0
+    (table,) = set(aws.tables(base.vpc)) & set(ran.stderr.replace("\n", " ").split())
+    warnings = [line.removeprefix("create_env.sh: warning: ") for line in ran.stderr.splitlines()]
+    assert warnings[0].endswith(
+        f"aws ec2 create-vpc-endpoint --region {REGION} --vpc-id {base.vpc} "
+        f"--service-name com.amazonaws.{REGION}.s3 --route-table-ids {table}"
+    )
+    assert warnings[1].startswith("AWS has no g99.xlarge in us-west-2a,us-west-2b")
+    assert warnings[2] == (
+        "MAX_INSTANCES is 100, but the account may run only 96 g5.2xlarge (on-demand) at a time, because its quota is "
+        f"768 vCPUs: aws service-quotas request-service-quota-increase --region {REGION} --service-code ec2 "
+        "--quota-code L-DB2E81BA --desired-value 792"
+    )
+    assert len(warnings) == 3
+    path = bundle.break_call("service-quotas get-service-quota", "AccessDeniedException")
+    ran = bundle.run("create_env.sh", "pro", base.instance_id, "--dry-run", PATH=path)
+    assert ran.returncode == 0
+    assert "cannot look at the quota L-DB2E81BA, see AWS's words above, so that is not checked" in ran.stderr
+
+
+def test_on_the_base_machine_its_folder_and_comfyui_are_looked_at(bundle: Bundle) -> None:
+    bundle.set(COMFY_HOME=str(bundle.folder), COMFY_ADDRESS="127.0.0.1:9")
+    ran = bundle.run_function("check_here; die_of_problems")
+    assert ran.returncode == 1
+    assert "ComfyUI does not answer on 127.0.0.1:9" in ran.stderr
+    for file in ("start_service.sh", "parse_job.py", "ComfyUI/main.py"):
+        assert f"there is no {bundle.folder}/{file}, so no instance of the fleet could work" in ran.stderr
+    assert "/env," not in ran.stderr
+
+
+@pytest.mark.parametrize(
+    ("partition", "console", "queue"),
+    [
+        ("aws", "console.aws.amazon.com", "sqs.us-west-2.amazonaws.com%2F"),
+        ("aws-cn", "console.amazonaws.cn", "sqs.us-west-2.amazonaws.com.cn%2F"),
+    ],
+)
+def test_the_summary_has_links_to_the_console(bundle: Bundle, partition: str, console: str, queue: str) -> None:
+    lines = bundle.run_function(f"PARTITION={partition}; show_links").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["Files", "Queue", "Fleet", "Dashboard"]
+    assert all(f" https://{console}/" in line for line in lines)
+    assert queue in lines[1]
+
+
 # --- Bad input: one sentence, and nothing is made ------------------------------------------------------------
 
 
 def refused(bundle: Bundle, *arguments: str, **environment: str) -> str:
-    """Run create_env.sh, which must refuse in one sentence and make nothing. Returns the sentence."""
+    """Run create_env.sh, which must refuse in a sentence for each problem and make nothing. Returns them."""
     ran = bundle.run("create_env.sh", *arguments, **environment)
     assert ran.returncode != 0
     assert ran.stdout == ""
-    assert len(ran.stderr.splitlines()) == 1, ran.stderr
-    assert ran.stderr.startswith("create_env.sh: ")
+    assert all(line.startswith("create_env.sh: ") for line in ran.stderr.splitlines()), ran.stderr
     assert bundle.aws.everything("pro") == {}
     assert not bundle.aws.client("s3").list_objects_v2(Bucket=BASE_BUCKET, Prefix="none").get("Contents")
     return ran.stderr
@@ -293,7 +651,12 @@ def with_base_bucket(aws: Aws) -> None:
         (["-"], "the option '-' is not known"),
         (["pro-"], "'pro-' is not allowed"),
         (["x" * 40], "has 76 characters and S3 allows 63: choose a shorter name than"),
-        (["base"], "base is the machine that environments are made from: choose another name"),
+        (["base", NO_INSTANCE], f"{NO_INSTANCE} is not for base, the machine that environments are made from"),
+        (["base", "--rebake"], "--rebake is not for base"),
+        (["base", "--move-data"], "there is no /home/ubuntu/comfy/ComfyUI: --move-data is run on the base machine"),
+        (["pro", "--move-data"], "--move-data belongs to ./create_env.sh base"),
+        (["pro", "--rebake", "--rollback"], "--rebake and --rollback are opposites: give one of them"),
+        (["pro", "--keep"], "--keep is followed by the number of images to keep, 0 to 999, not by ''"),
         (["pro", "--fast"], "the option '--fast' is not known: see --help"),
         (["pro", NO_INSTANCE, "more"], "the argument 'more' is one too many"),
         (["pro", "web-1"], "'web-1' is not an instance id: it looks like i-"),
@@ -368,7 +731,7 @@ def test_no_base_bucket(bundle: Bundle, aws: Aws) -> None:
     assert ran.stdout == ""
     assert ran.stderr == (
         f"create_env.sh: the base machine's bucket {BASE_BUCKET} does not exist: "
-        f"set up the base machine first, and check S3_BUCKET in {bundle.env_file}\n"
+        f"run ./create_env.sh base first, and check S3_BUCKET in {bundle.env_file}\n"
     )
     assert aws.everything("pro") == {}
 
@@ -376,8 +739,8 @@ def test_no_base_bucket(bundle: Bundle, aws: Aws) -> None:
 def test_help(bundle: Bundle) -> None:
     ran = bundle.run("create_env.sh", "--help")
     assert ran.returncode == 0
-    assert "Usage: ./create_env.sh NAME [INSTANCE_ID] [--reboot] [--with-output]" in ran.stdout
-    assert ran.stdout.rstrip().endswith("is used again.")
+    assert "Usage: ./create_env.sh base [--move-data [--yes]] [--dry-run]" in ran.stdout
+    assert ran.stdout.rstrip().endswith("until --rebake or --rollback.")
 
 
 # --- The base machine ----------------------------------------------------------------------------------------
@@ -389,10 +752,10 @@ def test_a_base_machine_without_a_profile_is_warned_about(bundle: Bundle, aws: A
     instance = ec2.run_instances(ImageId=image, MinCount=1, MaxCount=1)["Instances"][0]["InstanceId"]
     ran = bundle.run_function(f'inspect_base {instance}; echo "$PROFILE $KEY_NAME"')
     assert (ran.returncode, ran.stdout) == (0, "None None\n")
-    assert f"Warning: the base machine {instance} has no instance profile" in ran.stderr
+    assert f"warning: the base machine {instance} has no instance profile" in ran.stderr
 
     ec2.terminate_instances(InstanceIds=[instance])
-    ran = bundle.run_function(f"inspect_base {instance}")
+    ran = bundle.run_function(f"inspect_base {instance}; die_of_problems")
     assert ran.returncode == 1
     assert (
         f"the instance {instance} is terminated: an image can be made of it when it is running or stopped"
@@ -496,7 +859,7 @@ def test_without_a_private_subnet_all_are_used(bundle: Bundle, aws: Aws) -> None
 def test_the_bucket_gets_what_is_new_and_loses_nothing(bundle: Bundle, aws: Aws) -> None:
     s3 = aws.client("s3")
     aws.make_bucket(BASE_BUCKET)
-    assert "2 copied" in bundle.run_function("ensure_bucket no").stdout
+    assert "copied: 2\n" in bundle.run_function("ensure_bucket; copy_files no").stdout
     s3.put_object(Bucket=BUCKET, Key="output/job/result.json", Body=b"production's")
     s3.put_object(Bucket=BUCKET, Key="models/own.safetensors", Body=b"production's")
     s3.put_object(Bucket=BASE_BUCKET, Key="models/new.safetensors", Body=b"new")
@@ -508,18 +871,18 @@ def test_the_bucket_gets_what_is_new_and_loses_nothing(bundle: Bundle, aws: Aws)
         "models/new.safetensors": "new",
         "output/job/result.json": "production's",
     }
-    ran = bundle.run_function("ensure_bucket no")
+    ran = bundle.run_function("ensure_bucket; copy_files no")
     assert ran.returncode == 0
-    assert "1 copied" in ran.stdout
+    assert "copied: 1\n" in ran.stdout
     assert aws.files(BUCKET) == expected
-    bundle.run_function("ensure_bucket yes")  # --with-output
+    bundle.run_function("ensure_bucket; copy_files yes")  # --with-output
     assert aws.files(BUCKET) == expected | {"output/old.png": "output/old.png"}
 
 
 def test_us_east_1_needs_no_location(bundle: Bundle, aws: Aws) -> None:
     bundle.set(REGION="us-east-1")
     aws.make_bucket(f"simple-comfy-{ACCOUNT_ID}-us-east-1-base", "us-east-1")
-    ran = bundle.run_function("ensure_bucket no")
+    ran = bundle.run_function("ensure_bucket; copy_files no")
     assert (ran.returncode, ran.stderr) == (0, "")
     bucket = f"simple-comfy-{ACCOUNT_ID}-us-east-1-pro"
     assert aws.client("s3", "us-east-1").get_bucket_location(Bucket=bucket)["LocationConstraint"] is None
@@ -540,7 +903,7 @@ def test_an_empty_bucket_is_claimed(bundle: Bundle, aws: Aws) -> None:
 
 def test_a_bucket_of_another_environment_is_refused(bundle: Bundle, aws: Aws) -> None:
     aws.make_bucket(BUCKET, tag="test")
-    ran = bundle.run_function("ensure_bucket no")
+    ran = bundle.run_function("ensure_bucket; copy_files no")
     assert ran.returncode == 1
     assert f"the bucket {BUCKET} belongs to the environment test: write S3_BUCKET with ${{ENV}}" in ran.stderr
 
@@ -563,14 +926,17 @@ def test_a_queue_name_is_not_waited_for_without_end(bundle: Bundle) -> None:
     assert f"AWS still keeps the name of the deleted queue {QUEUE} after 1 seconds" in ran.stderr
 
 
-FACTS = "IMAGE={image} IMAGE_STATE=pending SUBNETS={subnet} SECURITY_GROUPS=None PROFILE=None KEY_NAME=None; "
+FACTS = (
+    "find_images; IMAGE={image} IMAGE_STATE=pending SUBNETS={subnet} "
+    "SECURITY_GROUPS=None PROFILE=None KEY_NAME=None PARTITION=aws; "
+)
 
 
 @pytest.mark.parametrize("min_instances", ["0", "2"])
 def test_a_group_waits_for_the_image_when_it_must(bundle: Bundle, aws: Aws, min_instances: str) -> None:
     """With instances to start at once it waits before, else only when AWS refuses the image."""
     bundle.set(MIN_INSTANCES=min_instances)
-    base = aws.make_base(looks_until_available=2)
+    base = aws.make_base(looks_until_available=3)
     image = aws.client("ec2").create_image(InstanceId=base.instance_id, Name="slow")["ImageId"]
     facts = FACTS.format(image=image, subnet=base.private[0])
     ran = bundle.run_function(facts + "check_fleet_settings; ensure_template; ensure_group; summarise")
@@ -595,7 +961,7 @@ def test_a_smaller_maximum_never_lowers_what_is_wanted(bundle: Bundle, aws: Aws)
         VPCZoneIdentifier=base.private[0],
     )
     bundle.set(MAX_INSTANCES="2", MIN_INSTANCES="1")
-    ran = bundle.run_function(f"SUBNETS={base.private[0]}; check_fleet_settings; ensure_group")
+    ran = bundle.run_function(f"SUBNETS={base.private[0]} VERSION=1; check_fleet_settings; ensure_group")
     assert (ran.returncode, ran.stderr) == (0, "")
     assert "3 instances are wanted: maximum 2 cannot be set yet, run this again later" in ran.stdout
     (group,) = aws.everything("pro")["groups"]
@@ -612,7 +978,7 @@ def test_a_group_gets_spot_instances_or_a_warm_pool_and_goes_back(bundle: Bundle
 
     def run(**settings: str) -> dict[str, Any]:
         # Twice: the second run finds all as it is wanted.
-        shell = f"SUBNETS={base.private[0]} IMAGE_STATE=available; check_fleet_settings; ensure_group; ensure_group"
+        shell = f"SUBNETS={base.private[0]} VERSION=1 IMAGE_STATE=available; check_fleet_settings; ensure_group; ensure_group"
         ran = bundle.run_function(shell, **settings)
         assert (ran.returncode, ran.stderr) == (0, "")
         shown.append([line.split()[0] + " " + " ".join(line.split()[2:]) for line in ran.stdout.splitlines()])
