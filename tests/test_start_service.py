@@ -4,6 +4,7 @@ import configparser
 import http.server
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -1007,10 +1008,21 @@ def test_the_units_say_what_they_must(unit: str, service: str) -> None:
     assert parser["Service"]["WorkingDirectory"] == "/home/ubuntu/comfy"
     assert parser["Service"]["User"] == "ubuntu"
     assert (parser["Service"]["Restart"], parser["Service"]["RestartSec"]) == ("always", "5")
+    assert (parser["Service"]["RestartSteps"], parser["Service"]["RestartMaxDelaySec"]) == ("5", "30")
     assert parser["Unit"]["StartLimitIntervalSec"] == "0"
     assert parser["Install"]["WantedBy"] == "multi-user.target"
     assert parser["Unit"]["After"] == "network-online.target", "After=cloud-init makes a cycle"
     assert "EnvironmentFile" not in parser["Service"], "systemd does not expand ${NAME}"
+
+
+def test_the_worker_cannot_become_root_and_comfyuis_mounts_are_seen() -> None:
+    worker, comfyui = configparser.ConfigParser(interpolation=None), configparser.ConfigParser(interpolation=None)
+    worker.read(ROOT / "systemd/comfy-manage.service")
+    comfyui.read(ROOT / "systemd/comfyui.service")
+    assert worker["Service"]["NoNewPrivileges"] == worker["Service"]["PrivateTmp"] == "yes"
+    assert '"sudo"' not in (ROOT / "parse_job.py").read_text()
+    forbidden = re.compile("private|protect|readonly|readwrite|inaccessible|mountflags|nonewpriv|restrict|system")
+    assert [name for name in comfyui["Service"] if forbidden.match(name)] == []
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="no systemd-analyze here")
@@ -1026,6 +1038,9 @@ def test_systemd_accepts_the_units(tmp_path: Path) -> None:
         check=False,
     )
     complaints = [line for line in done.stderr.splitlines() if any(unit in line for unit in UNITS)]
+    said = subprocess.run(["systemd-analyze", "--version"], capture_output=True, text=True, check=True).stdout
+    if int(said.split()[1]) < 254:  # Ubuntu 24.04 has 255
+        complaints = [line for line in complaints if not re.search("'Restart(Steps|MaxDelaySec)'.*ignoring", line)]
     assert complaints == []
 
 
