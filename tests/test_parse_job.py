@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import LIMIT_S, ROOT, Site, await_that, group_of, image_workflow
@@ -528,3 +529,22 @@ def test_an_unwritable_log_folder_does_not_stop_jobs(make_site: Callable[..., Si
     site.start_comfyui()
     site.start_worker()
     assert site.await_result(site.send(image_workflow()))["status"] == "succeeded"
+
+
+# --- Restarting ComfyUI ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shown", ["0", "", "-1", "[not set]"])
+def test_where_systemd_has_no_comfyui_nothing_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shown: str
+) -> None:
+    """To os.kill, 0 and -1 are whole groups of processes, this one among them."""
+    (tmp_path / "systemctl").write_text(f"#!/bin/sh\necho '{shown}'\n")
+    (tmp_path / "systemctl").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    killed: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda pid, _: killed.append(pid))
+    worker = SimpleNamespace(answered_at=0.0)
+    parse_job.Worker.restart_comfyui(worker)  # type: ignore[arg-type]
+    assert killed == []
+    assert worker.answered_at > 0
