@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 #
 # Makes an environment from the base machine, or brings one up to date: image, launch template,
-# Auto Scaling group, alarm, bucket, queues, and a role for its instances.
+# Auto Scaling group, alarms, dashboard, bucket, queues, and a role for its instances.
 #
 # Usage: ./create_env.sh base [--move-data [--yes]] [--dry-run]
 #        ./create_env.sh NAME [INSTANCE_ID] [--rebake | --rollback] [--keep N] [--reboot]
@@ -148,6 +148,9 @@ read_settings() {
   : "${COMFY_HOME:=/home/ubuntu/comfy}"
   : "${VISIBILITY_TIMEOUT:=120}"
   : "${MAX_RECEIVES:=3}"
+  : "${VOLUME_INIT_RATE:=}"
+  : "${ALARM_AGE:=1800}"
+  : "${ALARM_TOPIC:=}"
 }
 
 # choose_env NAME: checks NAME and sets everything that depends on it. Called by both scripts, so
@@ -213,9 +216,13 @@ check_fleet_settings() {
   check_number MIN_INSTANCES 0 "$most"
   check_number WARM_POOL 0 "$most"
   check_number SPOT_PERCENT 0 100
+  check_number ALARM_AGE 60 1209600
+  [[ -z $VOLUME_INIT_RATE ]] || check_number VOLUME_INIT_RATE 100 300
   check_queue_settings
   [[ $WARM_POOL == 0 || $SPOT_PERCENT == 0 ]] \
     || problem "WARM_POOL is $WARM_POOL and SPOT_PERCENT is $SPOT_PERCENT, but AWS keeps no Spot instances in a warm pool: set one of them in $HERE/env to 0"
+  [[ -z $ALARM_TOPIC || $ALARM_TOPIC =~ ^arn:aws[a-z-]*:sns:$REGION:[0-9]{12}:[A-Za-z0-9_-]{1,256}$ ]] \
+    || problem "ALARM_TOPIC is '$ALARM_TOPIC': set it in $HERE/env to the ARN of an SNS topic in $REGION, such as arn:aws:sns:$REGION:$ACCOUNT_ID:alarms"
   choose_types
   check_profile
   [[ $COMFY_HOME == /* ]] \
@@ -312,8 +319,8 @@ find_instance_id() {
   printf '%s' "${answer##*$'\n'}"
 }
 
-# inspect_base INSTANCE_ID: sets VPC (empty where there is no such machine), SECURITY_GROUPS, KEY_NAME and
-# DEVICES (None where the base has none), and ARCHITECTURE.
+# inspect_base INSTANCE_ID: sets VPC (empty where there is no such machine), SECURITY_GROUPS, KEY_NAME,
+# DEVICES and ROOT_DEVICE (None where the base has none), and ARCHITECTURE.
 inspect_base() {
   local id=$1 answer state platform
   VPC=""
@@ -325,9 +332,10 @@ inspect_base() {
   answer=$(ask_aws "look at the base machine $id" ec2 describe-instances \
     --filters "Name=instance-id,Values=$id" \
     --query "Reservations[0].Instances[0].[State.Name, VpcId, KeyName, Platform, Architecture,
-      join(' ', SecurityGroups[].GroupId) || 'None', join(' ', BlockDeviceMappings[].DeviceName) || 'None']" \
+      join(' ', SecurityGroups[].GroupId) || 'None', join(' ', BlockDeviceMappings[].DeviceName) || 'None',
+      RootDeviceName]" \
     --output text)
-  IFS=$'\t' read -r state VPC KEY_NAME platform ARCHITECTURE SECURITY_GROUPS DEVICES <<<"$answer"
+  IFS=$'\t' read -r state VPC KEY_NAME platform ARCHITECTURE SECURITY_GROUPS DEVICES ROOT_DEVICE <<<"$answer"
   if [[ $state == None ]]; then
     VPC=""
     problem "there is no instance $id in $REGION: give the id of the base machine, and check REGION in $HERE/env"
@@ -493,6 +501,7 @@ check_everything() {
     check_endpoint
     check_types
   fi
+  check_topic
   check_base_bucket
   choose_image
   die_of_problems
@@ -1154,6 +1163,9 @@ template_data() {
   fi
   data+=",\"IamInstanceProfile\":{\"Name\":\"$PROFILE\"}"
   [[ $KEY_NAME == None ]] || data+=",\"KeyName\":\"$KEY_NAME\""
+  # What is not named here stays as the image has it.
+  [[ -z $VOLUME_INIT_RATE ]] \
+    || data+=",\"BlockDeviceMappings\":[{\"DeviceName\":\"$ROOT_DEVICE\",\"Ebs\":{\"VolumeInitializationRate\":$VOLUME_INIT_RATE,\"DeleteOnTermination\":true}}]"
   data+=",\"UserData\":\"$(user_data | base64 -w 0)\"}"
   printf '%s' "$data"
 }
@@ -1399,65 +1411,182 @@ sorted() {
   tr , '\n' <<<"$1" | sort
 }
 
-# --- Alarm -----------------------------------------------------------------------------------
+# --- Watching --------------------------------------------------------------------------------
 
-# ensure_alarm: adds an instance when messages wait and none is wanted. No FILL in the expression: it
+# ensure_alarms: the first adds an instance when messages wait and none is wanted; no FILL in it, which
 # would make a 0 of a data point that is only late, so that the alarm never rings, or rings while the
-# fleet works. A step of +1 and no exact capacity: a sender may have raised it meanwhile.
-ensure_alarm() {
-  local arn found digest description state=updated
-  local -a policy=(--policy-type StepScaling
-    --adjustment-type ChangeInCapacity
-    --step-adjustments "MetricIntervalLowerBound=0,ScalingAdjustment=1"
-    --estimated-instance-warmup "$WARMUP_SECONDS")
-  local -a alarm=(--comparison-operator GreaterThanOrEqualToThreshold
-    --threshold 1
-    --evaluation-periods 1
-    --treat-missing-data notBreaching
-    --metrics "[
-      $(alarm_metric visible AWS/SQS ApproximateNumberOfMessagesVisible QueueName "$SQS_NAME"),
-      $(alarm_metric desired AWS/AutoScaling GroupDesiredCapacity AutoScalingGroupName "$ASG_NAME"),
-      {\"Id\": \"alone\", \"Label\": \"messages wait and no instance is wanted\", \"ReturnData\": true,
-       \"Expression\": \"IF(visible > 0 AND desired < 1, 1, 0)\"}]")
-  # AWS refuses to look for the policies of a group that is not there.
-  if [[ $DRY_RUN == yes && $GROUP_STATE == created ]]; then
-    report alarm "$ALARM_NAME" created
-    return
-  fi
-  arn=$(ask_aws "look at the scaling policy $ALARM_NAME" autoscaling describe-policies \
-    --auto-scaling-group-name "$ASG_NAME" \
-    --policy-names "$ALARM_NAME" \
-    --query 'ScalingPolicies[].PolicyARN | [0]' --output text)
-  found=$(ask_aws "look at the alarm $ALARM_NAME" cloudwatch describe-alarms \
-    --alarm-names "$ALARM_NAME" \
-    --query 'MetricAlarms[].AlarmDescription | [0]' --output text)
-  # As in the launch template, a digest shows the next run what has changed.
-  digest=$(sha256sum <<<"${policy[*]} ${alarm[*]} $arn")
-  if [[ $arn != None && $found == *" ${digest:0:16}" ]]; then
-    report alarm "$ALARM_NAME" "already there"
-    return
-  fi
-  [[ $DRY_RUN == yes ]] || arn=$(ask_aws "set the scaling policy $ALARM_NAME" autoscaling put-scaling-policy \
-    --auto-scaling-group-name "$ASG_NAME" \
-    --policy-name "$ALARM_NAME" \
-    "${policy[@]}" \
-    --query PolicyARN --output text)
-  digest=$(sha256sum <<<"${policy[*]} ${alarm[*]} $arn")
-  description="comfy-on-ec2 $ENV: starts the first instance when nobody else has ${digest:0:16}"
-  run_aws "set the alarm $ALARM_NAME" cloudwatch put-metric-alarm \
-    --alarm-name "$ALARM_NAME" \
-    --alarm-description "$description" \
-    --alarm-actions "$arn" \
-    "${alarm[@]}" \
-    --tags "$(tags_json "$ALARM_NAME")"
-  [[ $found != None ]] || state=created
-  report alarm "$ALARM_NAME" "$state"
+# fleet works. The others tell ALARM_TOPIC, if there is one.
+ensure_alarms() {
+  ensure_policy
+  ensure_alarm first-instance "messages wait and no instance is wanted" "$POLICY_ARN" 1 notBreaching \
+    "IF(visible > 0 AND desired < 1, 1, 0)" \
+    "$(queue_metric visible 60 ApproximateNumberOfMessagesVisible "$SQS_NAME")" \
+    "$(group_metric desired 60 GroupDesiredCapacity)"
+  # SQS publishes nothing of a queue that was empty and left alone for six hours: that is no alarm.
+  ensure_alarm dead-letters "messages lie in the dead-letter queue" "$ALARM_TOPIC" 1 notBreaching \
+    "IF(visible > 0, 1, 0)" \
+    "$(queue_metric visible 60 ApproximateNumberOfMessagesVisible "$DLQ_NAME")"
+  # The age counts messages in flight too: a long job alone, for which nobody waits, is no alarm.
+  ensure_alarm oldest-message "messages wait and the oldest is older than $ALARM_AGE seconds" "$ALARM_TOPIC" 1 notBreaching \
+    "IF(visible > 0 AND age > $ALARM_AGE, 1, 0)" \
+    "$(queue_metric visible 60 ApproximateNumberOfMessagesVisible "$SQS_NAME")" \
+    "$(queue_metric age 60 ApproximateAgeOfOldestMessage "$SQS_NAME")"
+  ensure_alarm not-in-service "fewer instances than wanted are in service, for 15 minutes" "$ALARM_TOPIC" 15 notBreaching \
+    "IF(serving < desired, 1, 0)" \
+    "$(group_metric desired 60 GroupDesiredCapacity)" \
+    "$(group_metric serving 60 GroupInServiceInstances)"
+  # Here what SQS does not publish is 0: where no worker polls either, the instance is idle all the more.
+  # And where nothing is known of the group, the alarm stays as it is.
+  ensure_alarm idle-hour "more than $(instances "$MIN_INSTANCES") in service and no message, for an hour" "$ALARM_TOPIC" 12 ignore \
+    "IF(serving > $MIN_INSTANCES AND (FILL(visible, 0) + FILL(running, 0)) < 1, 1, 0)" \
+    "$(group_metric serving 300 GroupInServiceInstances)" \
+    "$(queue_metric visible 300 ApproximateNumberOfMessagesVisible "$SQS_NAME")" \
+    "$(queue_metric running 300 ApproximateNumberOfMessagesNotVisible "$SQS_NAME")"
 }
 
-# alarm_metric ID NAMESPACE METRIC DIMENSION VALUE
-alarm_metric() {
-  printf '{"Id": "%s", "ReturnData": false, "MetricStat": {"Stat": "Maximum", "Period": 60, "Metric": {
-    "Namespace": "%s", "MetricName": "%s", "Dimensions": [{"Name": "%s", "Value": "%s"}]}}}' "$@"
+# ensure_policy: sets POLICY_ARN. A step of +1 and no exact capacity: a sender may have raised it meanwhile.
+# Looked up without the group, which --dry-run may not find.
+ensure_policy() {
+  local answer is
+  answer=$(ask_aws "look at the scaling policy $ALARM_NAME" autoscaling describe-policies \
+    --policy-names "$ALARM_NAME" \
+    --query "ScalingPolicies[?AutoScalingGroupName=='$ASG_NAME'].[PolicyARN, join(' ', [PolicyType, AdjustmentType,
+      to_string(StepAdjustments[].ScalingAdjustment), to_string(EstimatedInstanceWarmup)])] | [0] || ['None', 'None']" \
+    --output text)
+  IFS=$'\t' read -r POLICY_ARN is <<<"$answer"
+  if [[ $DRY_RUN == yes || $is == "StepScaling ChangeInCapacity [1] $WARMUP_SECONDS" ]]; then return; fi
+  POLICY_ARN=$(ask_aws "set the scaling policy $ALARM_NAME" autoscaling put-scaling-policy \
+    --auto-scaling-group-name "$ASG_NAME" \
+    --policy-name "$ALARM_NAME" \
+    --policy-type StepScaling \
+    --adjustment-type ChangeInCapacity \
+    --step-adjustments "MetricIntervalLowerBound=0,ScalingAdjustment=1" \
+    --estimated-instance-warmup "$WARMUP_SECONDS" \
+    --query PolicyARN --output text)
+}
+
+# ensure_alarm NAME MEANING ACTION PERIODS MISSING EXPRESSION METRIC...: an alarm that rings when EXPRESSION
+# was 1 in so many periods in a row. MISSING is what data that is missing counts for.
+ensure_alarm() {
+  local name=$ASG_NAME-$1 meaning=$2 action=$3 periods=$4 missing=$5 expression=$6 metrics found digest state=updated
+  shift 6
+  metrics=$(printf '%s,' "$@")
+  local -a alarm=(--comparison-operator GreaterThanOrEqualToThreshold
+    --threshold 1
+    --evaluation-periods "$periods"
+    --treat-missing-data "$missing"
+    --metrics "[$metrics{\"Id\":\"rings\",\"Label\":\"$meaning\",\"ReturnData\":true,\"Expression\":\"$expression\"}]")
+  [[ -z $action ]] || alarm+=(--alarm-actions "$action")
+  found=$(ask_aws "look at the alarm $name" cloudwatch describe-alarms \
+    --alarm-names "$name" \
+    --query 'MetricAlarms[].AlarmDescription | [0]' --output text)
+  # As in the launch template, a digest shows the next run what has changed.
+  digest=$(sha256sum <<<"${alarm[*]}")
+  if [[ $found == *" ${digest:0:16}" ]]; then
+    report alarm "$name" "already there"
+    return
+  fi
+  run_aws "set the alarm $name" cloudwatch put-metric-alarm \
+    --alarm-name "$name" \
+    --alarm-description "comfy-on-ec2 $ENV: $meaning ${digest:0:16}" \
+    "${alarm[@]}" \
+    --tags "$(tags_json "$name")"
+  [[ $found != None ]] || state=created
+  report alarm "$name" "$state"
+}
+
+# queue_metric ID PERIOD METRIC QUEUE
+queue_metric() {
+  metric_query "$1" "$2" AWS/SQS "$3" QueueName "$4"
+}
+
+# group_metric ID PERIOD METRIC
+group_metric() {
+  metric_query "$1" "$2" AWS/AutoScaling "$3" AutoScalingGroupName "$ASG_NAME"
+}
+
+metric_query() {
+  printf '{"Id":"%s","ReturnData":false,"MetricStat":{"Stat":"Maximum","Period":%s,"Metric":{"Namespace":"%s","MetricName":"%s","Dimensions":[{"Name":"%s","Value":"%s"}]}}}' "$@"
+}
+
+# check_topic: a topic that does not exist would be told nothing, and nobody would know. Who may not look
+# is believed.
+check_topic() {
+  local answer
+  if [[ -n $ALARM_TOPIC ]] && ! answer=$(aws sns get-topic-attributes --topic-arn "$ALARM_TOPIC" 2>&1) && [[ $answer == *NotFound* ]]; then
+    problem "ALARM_TOPIC is '$ALARM_TOPIC', but there is no such topic: create it, or correct it in $HERE/env"
+  fi
+}
+
+ensure_dashboard() {
+  local body answer state=updated
+  body=$(dashboard_body)
+  if answer=$(aws cloudwatch get-dashboard --dashboard-name "$ASG_NAME" --query DashboardBody --output text 2>&1); then
+    if [[ ${answer//[[:space:]]/} == "${body//[[:space:]]/}" ]]; then
+      report dashboard "$ASG_NAME" "already there"
+      return
+    fi
+  elif [[ $answer == *NotFound* ]]; then
+    state=created
+  else
+    die "cannot look at the dashboard $ASG_NAME:$(one_line "$answer")"
+  fi
+  run_aws "set the dashboard $ASG_NAME" cloudwatch put-dashboard --dashboard-name "$ASG_NAME" --dashboard-body "$body"
+  report dashboard "$ASG_NAME" "$state"
+}
+
+# dashboard_body: three widgets a row, below the states of the alarms. What the workers publish is in the
+# namespace PREFIX/ENV.
+dashboard_body() {
+  local ours=$PREFIX/$ENV alarm alarms="" phase
+  local -a phases=()
+  for alarm in first-instance dead-letters oldest-message not-in-service idle-hour; do
+    alarms+=",\"arn:$PARTITION:cloudwatch:$REGION:$ACCOUNT_ID:alarm:$ASG_NAME-$alarm\""
+  done
+  for phase in system cloud_init mount models comfyui; do
+    phases+=("$(plot "\"label\":\"$phase\"" "$ours" BootSeconds Phase "$phase")")
+  done
+  printf '{"widgets":[{"type":"alarm","x":0,"y":0,"width":24,"height":2,"properties":{"title":"Alarms","alarms":[%s]}}' "${alarms#,}"
+  widget 0 "Messages" '"stat":"Maximum"' \
+    "$(plot '"label":"waiting"' AWS/SQS ApproximateNumberOfMessagesVisible QueueName "$SQS_NAME")" \
+    "$(plot '"label":"running"' AWS/SQS ApproximateNumberOfMessagesNotVisible QueueName "$SQS_NAME")" \
+    "$(plot '"label":"dead letters"' AWS/SQS ApproximateNumberOfMessagesVisible QueueName "$DLQ_NAME")"
+  widget 1 "Age of the oldest message (seconds)" '"stat":"Maximum"' \
+    "$(plot '"label":"oldest message"' AWS/SQS ApproximateAgeOfOldestMessage QueueName "$SQS_NAME")"
+  widget 2 "Instances" '"stat":"Maximum"' \
+    "$(plot '"label":"wanted"' AWS/AutoScaling GroupDesiredCapacity AutoScalingGroupName "$ASG_NAME")" \
+    "$(plot '"label":"in service"' AWS/AutoScaling GroupInServiceInstances AutoScalingGroupName "$ASG_NAME")"
+  widget 3 "Jobs per minute" '"stat":"Sum"' \
+    "$(plot '"id":"rate","label":"jobs per minute","expression":"60 * (FILL(succeeded, 0) + FILL(failed, 0)) / PERIOD(succeeded)"')" \
+    "$(plot '"id":"succeeded","visible":false' "$ours" JobsSucceeded)" \
+    "$(plot '"id":"failed","visible":false' "$ours" JobsFailed)"
+  widget 4 "Wait (seconds)" '"stat":"p50"' \
+    "$(plot '"label":"p50"' "$ours" WaitSeconds)" "$(plot '"label":"p95","stat":"p95"' "$ours" WaitSeconds)"
+  widget 5 "Run (seconds)" '"stat":"p50"' \
+    "$(plot '"label":"p50"' "$ours" RunSeconds)" "$(plot '"label":"p95","stat":"p95"' "$ours" RunSeconds)"
+  widget 6 "Failed jobs" '"stat":"Sum"' "$(plot '"label":"failed"' "$ours" JobsFailed)"
+  widget 7 "GPU busy (percent)" '"stat":"Average","yAxis":{"left":{"min":0,"max":100}}' \
+    "$(plot '"label":"busy"' "$ours" BusyShare)"
+  widget 8 "Boot (seconds)" '"stat":"Average","stacked":true' "${phases[@]}"
+  printf ']}'
+}
+
+# widget NUMBER TITLE PROPERTIES PLOT...
+widget() {
+  local number=$1 title=$2 properties=$3 plots
+  shift 3
+  plots=$(printf ',%s' "$@")
+  printf ',\n{"type":"metric","x":%d,"y":%d,"width":8,"height":6,"properties":{"region":"%s","title":"%s","view":"timeSeries","period":60,%s,"metrics":[%s]}}' \
+    $((8 * (number % 3))) $((2 + 6 * (number / 3))) "$REGION" "$title" "$properties" "${plots#,}"
+}
+
+# plot OPTIONS [NAMESPACE METRIC [DIMENSION VALUE]]
+plot() {
+  local options=$1
+  shift
+  printf '['
+  (($# == 0)) || printf '"%s",' "$@"
+  printf '{%s}]' "$options"
 }
 
 # --- The base machine's files ------------------------------------------------------------------
@@ -1620,7 +1749,7 @@ summarise() {
   ((WARM_POOL == 0)) \
     || printf 'A warm pool keeps %s stopped and ready, of which the disks are paid for.\n' "$(instances "$WARM_POOL")"
   if ((MIN_INSTANCES == 0)); then
-    printf 'Idle, it costs no instance: only the storage of its files and its image, and some cents for its alarm.\n'
+    printf 'Idle, it costs no instance: only the storage of its files and its image, and one to four USD a month for its alarms and dashboard.\n'
   else
     printf 'Idle, it costs %s day and night, because MIN_INSTANCES is %s.\n' "$(instances "$MIN_INSTANCES")" "$MIN_INSTANCES"
   fi
@@ -1731,7 +1860,8 @@ make_fleet() {
   [[ $ACTION == rollback ]] || copy_files "$WITH_OUTPUT" # going back is to be fast
   ensure_template
   ensure_group
-  ensure_alarm
+  ensure_alarms
+  ensure_dashboard
   settle_images "$KEEP"
   [[ $WAIT == no ]] || wait_for_image
   summarise

@@ -1692,8 +1692,8 @@ def run_dead(sender: Sender) -> int:
             reason = f"received {received} times, and no word of it in the logs: they are stored every few minutes"
         print(f"      {printable(reason)}")
         if result is not None:
-            error = result["error"]
-            ended = f"failed: {error['message']}" if error else "succeeded"
+            failure = result["error"]
+            ended = f"failed: {failure['message']}" if failure else "succeeded"
             print(f"      its result is stored all the same, {printable(ended)}")
         if log:
             print(f"      s3://{settings.s3_bucket}/{log}")

@@ -289,6 +289,8 @@ class Aws:
         found["alarms"] = cloudwatch.describe_alarms(AlarmNamePrefix=f"simple-comfy-{name}-")["MetricAlarms"]
         for alarm in found["alarms"]:
             alarm["Tags"] = cloudwatch.list_tags_for_resource(ResourceARN=alarm["AlarmArn"])["Tags"]
+        with suppress(ClientError):
+            found["dashboard"] = cloudwatch.get_dashboard(DashboardName=f"simple-comfy-{name}-asg")["DashboardBody"]
         return {key: value for key, value in found.items() if value}
 
 

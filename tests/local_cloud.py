@@ -26,7 +26,8 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -146,6 +147,7 @@ class LocalCloud:
         self._base_folders: dict[str, Path] = {}
         self._launched_at: dict[str, float] = {}
         self._measured_at = time.monotonic()
+        self._points: dict[str, deque[float | None]] = {}  # of the alarms that look at more than the last minute
         self.minutes = 0  # how often the alarms were evaluated
         self._lock = threading.RLock()
         self._sqs_lock, self._s3_lock = threading.Lock(), threading.Lock()
@@ -400,32 +402,49 @@ class LocalCloud:
     # --- CloudWatch alarms --------------------------------------------------------------------------------
 
     def _evaluate(self, alarm: Any) -> None:
-        """One period of an alarm on a metric math expression. What is not understood is said, and left alone."""
+        """One minute of an alarm on a metric math expression. What is not understood is said, and left alone.
+
+        A longer period is so many minutes, each of which must be as the whole is to be.
+        """
         try:
-            if alarm.evaluation_periods != 1:
-                raise ValueError(f"{alarm.evaluation_periods} evaluation periods are not understood")
             (expression,) = [query.expression for query in alarm.metric_data_queries if query.expression]
-            metrics = {query.id: query.metric_stat.metric for query in alarm.metric_data_queries if query.metric_stat}
-            value = metric_math(expression, {name: self._measure(metric) for name, metric in metrics.items()})
-            state = alarm_state(alarm, value)
+            stats = {query.id: query.metric_stat for query in alarm.metric_data_queries if query.metric_stat}
+            value = metric_math(expression, {name: self._measure(stat.metric) for name, stat in stats.items()})
+            minutes = alarm.evaluation_periods * max(int(stat.period) for stat in stats.values()) // 60
+            points = self._points.setdefault(alarm.alarm_arn, deque()) if minutes > 1 else deque[float | None]()
+            points.append(value)
+            while len(points) > minutes:
+                points.popleft()
+            state = alarm_state(alarm, [*[None] * (minutes - len(points)), *points])
             if state != alarm.state_value:
                 alarm.update_state(f"{expression} is {value}", "{}", state)
             if state == "ALARM" and value is not None and alarm.actions_enabled:
                 for action in alarm.alarm_actions:
-                    self._scale_out(alarm, action, value)
+                    if ":autoscaling:" in action:
+                        self._scale_out(alarm, action, value)
         except (ValueError, KeyError) as error:
             logger.error("the alarm %s is not evaluated: %s", alarm.name, error)
 
     def _measure(self, metric: Any) -> float | None:
         """The latest data point of a metric that AWS publishes, None where it publishes none."""
         (name,) = [dimension.value for dimension in metric.dimensions]
-        if (metric.namespace, metric.metric_name) == ("AWS/SQS", "ApproximateNumberOfMessagesVisible"):
+        group = self._autoscaling().autoscaling_groups.get(name)
+        published = group is not None and metric.metric_name in group.metrics
+        with self._sqs_lock:
             queue = get_backend("sqs")[ACCOUNT_ID][REGION].queues.get(name)
-            with self._sqs_lock:
-                return float(queue.approximate_number_of_messages) if queue else None
-        if (metric.namespace, metric.metric_name) == ("AWS/AutoScaling", "GroupDesiredCapacity"):
-            group = self._autoscaling().autoscaling_groups.get(name)
-            return float(group.desired_capacity) if group and metric.metric_name in group.metrics else None
+            match metric.namespace, metric.metric_name:
+                case "AWS/SQS", "ApproximateNumberOfMessagesVisible":
+                    return float(queue.approximate_number_of_messages) if queue else None
+                case "AWS/SQS", "ApproximateNumberOfMessagesNotVisible":
+                    return float(queue.approximate_number_of_messages_not_visible) if queue else None
+                case "AWS/SQS", "ApproximateAgeOfOldestMessage":
+                    sent_ms = [message.sent_timestamp or 0 for message in queue._messages] if queue else []
+                    return time.time() - min(sent_ms) / 1000 if sent_ms else None
+                case "AWS/AutoScaling", "GroupDesiredCapacity":
+                    return float(group.desired_capacity) if published else None
+                case "AWS/AutoScaling", "GroupInServiceInstances":
+                    states = [state.lifecycle_state for state in group.instance_states] if published else []
+                    return float(states.count("InService")) if published else None
         raise ValueError(f"the metric {metric.namespace} {metric.metric_name} is not understood")
 
     def _scale_out(self, alarm: Any, action: str, value: float) -> None:
@@ -1023,7 +1042,7 @@ def metadata_handler(machine: Machine) -> type[BaseHTTPRequestHandler]:
 def metric_math(expression: str, values: dict[str, float | None]) -> float | None:
     """CloudWatch's metric math for one data point of each metric, None where it is missing.
 
-    Numbers, metrics, comparisons, AND, OR, IF(condition, then, else) and FILL(metric, number); ValueError for
+    Numbers, metrics, sums, comparisons, AND, OR, IF(condition, then, else) and FILL(metric, number); ValueError for
     anything else.
     """
 
@@ -1044,6 +1063,9 @@ def metric_math(expression: str, values: dict[str, float | None]) -> float | Non
                 if None in known_parts:
                     return None
                 return float(all(known_parts) if isinstance(operator, ast.And) else any(known_parts))
+            case ast.BinOp(left=left, op=ast.Add(), right=right):
+                a, b = value(left), value(right)
+                return None if a is None or b is None else a + b
             case ast.Compare(left=left, ops=[ast.Gt() | ast.Lt() as operator], comparators=[right]):
                 a, b = value(left), value(right)
                 if a is None or b is None:
@@ -1058,14 +1080,15 @@ def metric_math(expression: str, values: dict[str, float | None]) -> float | Non
     return value(tree.body)
 
 
-def alarm_state(alarm: Any, value: float | None) -> str:
-    """The state that an alarm of one evaluation period is in with this data point."""
-    if value is None:
-        states = {"notBreaching": "OK", "breaching": "ALARM", "ignore": alarm.state_value}
-        return str(states.get(alarm.treat_missing_data, "INSUFFICIENT_DATA"))
+def alarm_state(alarm: Any, points: Sequence[float | None]) -> str:
+    """The state of an alarm with the data points that it looks at, the newest last, None where one is missing."""
     if alarm.comparison_operator != "GreaterThanOrEqualToThreshold":
         raise ValueError(f"{alarm.comparison_operator} is not understood")
-    return "ALARM" if value >= alarm.threshold else "OK"
+    known = [point >= alarm.threshold for point in points if point is not None]
+    if len(known) == len(points) or not all(known):
+        return "ALARM" if all(known) else "OK"
+    states = {"notBreaching": "OK", "breaching": "ALARM", "ignore": alarm.state_value}
+    return str(states.get(alarm.treat_missing_data, "INSUFFICIENT_DATA"))
 
 
 def is_error(answer: bytes) -> bool:

@@ -57,12 +57,22 @@ def test_an_environment_is_made_completed_left_alone_and_changed(bundle: Bundle,
     check_the_run_that_was_stopped(story)
     run()
     check_the_run_that_completed_it(story)
-    for check in (check_queues, check_bucket, check_image, check_template, check_group, check_alarm):
+    for check in (
+        check_queues,
+        check_bucket,
+        check_image,
+        check_template,
+        check_group,
+        check_alarms,
+        check_dashboard,
+    ):
         check(story)
     run()
     check_that_nothing_changed(story)
     bundle.set(MAX_INSTANCES="7", INSTANCE_TYPE="g6.xlarge", VISIBILITY_TIMEOUT="60", MAX_RECEIVES="5")
-    bundle.set(INSTANCE_TYPES='"g6.xlarge g5.2xlarge"', SPOT_PERCENT="70")
+    bundle.set(INSTANCE_TYPES='"g6.xlarge g5.2xlarge"', SPOT_PERCENT="70", VOLUME_INIT_RATE="200")
+    topic = aws.client("sns").create_topic(Name="operators")["TopicArn"]
+    bundle.set(ALARM_AGE="600", ALARM_TOPIC=topic)
     group = {"AutoScalingGroupName": "simple-comfy-pro-asg"}
     aws.client("autoscaling").delete_policy(PolicyName=ALARM)
     transition = "autoscaling:EC2_INSTANCE_TERMINATING"
@@ -90,10 +100,11 @@ def check_the_run_that_completed_it(story: Story) -> None:
     ran = story.ran[COMPLETED]
     assert (ran.returncode, ran.stderr) == (0, "")
     steps = [line.split() for line in ran.stdout.splitlines() if line]
-    assert [(step[0], step[-1]) for step in steps if step[0] in ("template", "group", "alarm")] == [
+    assert [(step[0], step[-1]) for step in steps if step[0] in ("template", "group", "alarm", "dashboard")] == [
         ("template", "created"),
         ("group", "created"),
-        ("alarm", "created"),
+        *[("alarm", "created")] * 5,
+        ("dashboard", "created"),
     ]
     assert ran.stdout.count("already there") == 5
     assert "0 instances wanted now, 0 to 20 g5.2xlarge" in ran.stdout
@@ -171,9 +182,18 @@ def check_group(story: Story) -> None:
     assert (hook["HeartbeatTimeout"], hook["DefaultResult"]) == (300, "CONTINUE")
 
 
-def check_alarm(story: Story) -> None:
+def check_alarms(story: Story) -> None:
     found = story.found[COMPLETED]
-    (policy,), (alarm,) = found["policies"], found["alarms"]
+    (policy,) = found["policies"]
+    alarms = {alarm["AlarmName"]: alarm for alarm in found["alarms"]}
+    kinds = ("first-instance", "dead-letters", "oldest-message", "not-in-service", "idle-hour")
+    assert set(alarms) == {f"simple-comfy-pro-asg-{kind}" for kind in kinds}
+    for name, alarm in alarms.items():
+        assert tags_of(alarm["Tags"]) == {"comfy-env": "pro", "comfy-prefix": "simple-comfy", "Name": name}
+        assert (alarm["ComparisonOperator"], alarm["Threshold"]) == ("GreaterThanOrEqualToThreshold", 1)
+        assert sum(metric["ReturnData"] for metric in alarm["Metrics"]) == 1
+        assert alarm["AlarmActions"] == ([policy["PolicyARN"]] if name == ALARM else [])
+    alarm = alarms[ALARM]
     assert {metric["Metric"] for metric in found["groups"][0]["EnabledMetrics"]} == {
         "GroupDesiredCapacity",
         "GroupInServiceInstances",
@@ -184,10 +204,6 @@ def check_alarm(story: Story) -> None:
     assert policy["AdjustmentType"] == "ChangeInCapacity"
     assert policy["StepAdjustments"] == [{"MetricIntervalLowerBound": 0.0, "ScalingAdjustment": 1}]
     assert policy["EstimatedInstanceWarmup"] == 300
-    assert alarm["AlarmName"] == ALARM
-    assert alarm["AlarmActions"] == [policy["PolicyARN"]]
-    assert tags_of(alarm["Tags"]) == {"comfy-env": "pro", "comfy-prefix": "simple-comfy", "Name": ALARM}
-    assert (alarm["ComparisonOperator"], alarm["Threshold"]) == ("GreaterThanOrEqualToThreshold", 1)
     assert (alarm["EvaluationPeriods"], alarm["TreatMissingData"]) == (1, "notBreaching")
     measured = {
         metric["Id"]: (stat["Metric"]["MetricName"], stat["Metric"]["Dimensions"][0]["Value"], stat["Period"])
@@ -202,10 +218,46 @@ def check_alarm(story: Story) -> None:
     assert [metric["Expression"] for metric in returned] == ["IF(visible > 0 AND desired < 1, 1, 0)"]
 
 
+def check_dashboard(story: Story) -> None:
+    dashboard = json.loads(story.found[COMPLETED]["dashboard"])
+    states, *widgets = dashboard["widgets"]
+    assert states["type"] == "alarm"
+    assert set(states["properties"]["alarms"]) == {alarm["AlarmArn"] for alarm in story.found[COMPLETED]["alarms"]}
+    places = {(widget["x"], widget["y"]) for widget in widgets}
+    assert places == {(x, y) for x in (0, 8, 16) for y in (2, 8, 14)}, "three rows of three, none over another"
+    shown: dict[str, list[tuple[str, ...]]] = {}
+    for widget in widgets:
+        properties = widget["properties"]
+        assert properties["region"] == REGION
+        shown[properties["title"]] = [tuple(metric[:-1]) for metric in properties["metrics"] if len(metric) > 1]
+    ours, group = "simple-comfy/pro", ("AutoScalingGroupName", "simple-comfy-pro-asg")
+    visible, running = "ApproximateNumberOfMessagesVisible", "ApproximateNumberOfMessagesNotVisible"
+    assert shown == {
+        "Messages": [
+            ("AWS/SQS", visible, "QueueName", QUEUE),
+            ("AWS/SQS", running, "QueueName", QUEUE),
+            ("AWS/SQS", visible, "QueueName", f"{QUEUE}-dlq"),
+        ],
+        "Age of the oldest message (seconds)": [("AWS/SQS", "ApproximateAgeOfOldestMessage", "QueueName", QUEUE)],
+        "Instances": [
+            ("AWS/AutoScaling", "GroupDesiredCapacity", *group),
+            ("AWS/AutoScaling", "GroupInServiceInstances", *group),
+        ],
+        "Jobs per minute": [(ours, "JobsSucceeded"), (ours, "JobsFailed")],
+        "Wait (seconds)": [(ours, "WaitSeconds")] * 2,
+        "Run (seconds)": [(ours, "RunSeconds")] * 2,
+        "Failed jobs": [(ours, "JobsFailed")],
+        "GPU busy (percent)": [(ours, "BusyShare")],
+        "Boot (seconds)": [
+            (ours, "BootSeconds", "Phase", phase) for phase in ("system", "cloud_init", "mount", "models", "comfyui")
+        ],
+    }
+
+
 def check_that_nothing_changed(story: Story) -> None:
     assert story.found[AGAIN] == story.found[COMPLETED]
     printed = story.ran[AGAIN].stdout
-    assert printed.count("already there") == 8
+    assert printed.count("already there") == 13
     assert "created" not in printed
     assert "updated" not in printed
 
@@ -224,6 +276,9 @@ def check_that_settings_were_applied(story: Story) -> None:
     (default,) = [version for version in found["versions"] if version["DefaultVersion"]]
     assert default["LaunchTemplateData"]["InstanceType"] == "g6.xlarge"
     assert tags_of(group["Tags"])["comfy-version"] == "2", "the workers see that they are outdated"
+    assert default["LaunchTemplateData"]["BlockDeviceMappings"] == [
+        {"DeviceName": "/dev/sda1", "Ebs": {"DeleteOnTermination": True, "VolumeInitializationRate": 200}}
+    ]
     assert found["images"] == story.found[COMPLETED]["images"]
     policy = group["MixedInstancesPolicy"]
     assert policy["LaunchTemplate"]["LaunchTemplateSpecification"]["Version"] == "$Default"
@@ -235,8 +290,18 @@ def check_that_settings_were_applied(story: Story) -> None:
         "SpotAllocationStrategy": "price-capacity-optimized",
     }
     assert found["policies"] == story.found[COMPLETED]["policies"]
+    topic = f"arn:aws:sns:{REGION}:{ACCOUNT_ID}:operators"
+    told = [alarm["AlarmName"] for alarm in found["alarms"] if alarm["AlarmActions"] == [topic]]
+    assert ALARM not in told
+    assert len(told) == 4
+    assert any(
+        metric.get("Expression") == "IF(visible > 0 AND age > 600, 1, 0)"
+        for alarm in found["alarms"]
+        for metric in alarm["Metrics"]
+    )
+    assert found["dashboard"] == story.found[COMPLETED]["dashboard"]
     printed = story.ran[CHANGED].stdout
-    assert printed.count("updated") == 5
+    assert printed.count("updated") == 8
     assert "0 to 7 g6.xlarge or g5.2xlarge as jobs come and go.\nSpot instances are 70 % of them.\n" in printed
 
 
@@ -695,6 +760,12 @@ def test_bad_arguments(bundle: Bundle, arguments: list[str], sentence: str) -> N
         ("SPOT_PERCENT", "50%", "to a whole number from 0 to 100"),
         ("WARM_POOL", "21", "to a whole number from 0 to 20"),
         ("WARM_POOL", "1\nSPOT_PERCENT=50", "AWS keeps no Spot instances in a warm pool: set one of them"),
+        ("VOLUME_INIT_RATE", "99", "VOLUME_INIT_RATE is '99': set it in"),
+        ("VOLUME_INIT_RATE", "fast", "to a whole number from 100 to 300"),
+        ("ALARM_AGE", "1h", "ALARM_AGE is '1h': set it in"),
+        ("ALARM_TOPIC", "operators", "ALARM_TOPIC is 'operators': set it in"),
+        ("ALARM_TOPIC", f"arn:aws:sns:eu-west-1:{ACCOUNT_ID}:ops", f"to the ARN of an SNS topic in {REGION}"),
+        ("ALARM_TOPIC", f"arn:aws:sns:{REGION}:{ACCOUNT_ID}:gone", "but there is no such topic: create it"),
         ("COMFY_HOME", "comfy", "COMFY_HOME is 'comfy': set it in"),
         ("S3_BUCKET", "ab", "S3_BUCKET is 'ab' for both base and pro: write it with ${ENV}"),
         ("S3_BUCKET", "My.Bucket-${ENV}", "S3_BUCKET is 'My.Bucket-pro': use 3 to 63 lowercase"),
@@ -906,6 +977,44 @@ def test_a_bucket_of_another_environment_is_refused(bundle: Bundle, aws: Aws) ->
     ran = bundle.run_function("ensure_bucket; copy_files no")
     assert ran.returncode == 1
     assert f"the bucket {BUCKET} belongs to the environment test: write S3_BUCKET with ${{ENV}}" in ran.stderr
+
+
+# --- Dashboard -----------------------------------------------------------------------------------------------
+
+
+def test_a_dashboard_is_put_only_where_it_differs(bundle: Bundle, aws: Aws) -> None:
+    cloudwatch = aws.client("cloudwatch")
+
+    def run(shell: str = "PARTITION=aws; ensure_dashboard") -> str:
+        ran = bundle.run_function(shell)
+        assert (ran.returncode, ran.stderr) == (0, "")
+        return ran.stdout.strip().rpartition("  ")[2]
+
+    assert run("DRY_RUN=yes PARTITION=aws; ensure_dashboard") == "to be created"
+    assert not cloudwatch.list_dashboards()["DashboardEntries"]
+    assert run() == "created"
+    body = cloudwatch.get_dashboard(DashboardName="simple-comfy-pro-asg")["DashboardBody"]
+    cloudwatch.put_dashboard(
+        DashboardName="simple-comfy-pro-asg", DashboardBody=json.dumps(json.loads(body), indent=2)
+    )
+    assert run() == "already there", "AWS may keep it in its own layout"
+    bundle.set(SQS_NAME="other-${ENV}")
+    assert run() == "updated"
+
+
+def test_a_dashboard_that_may_not_be_seen_is_not_overwritten(bundle: Bundle, aws: Aws) -> None:
+    path = bundle.break_call("cloudwatch get-dashboard", "AccessDenied")
+    ran = bundle.run_function("PARTITION=aws; ensure_dashboard", PATH=path)
+    assert ran.returncode == 1
+    assert "cannot look at the dashboard simple-comfy-pro-asg: An error occurred (AccessDenied)" in ran.stderr
+    assert not aws.client("cloudwatch").list_dashboards()["DashboardEntries"]
+
+
+def test_a_topic_that_may_not_be_seen_is_believed(bundle: Bundle) -> None:
+    path = bundle.break_call("sns get-topic-attributes", "AuthorizationError")
+    bundle.set(ALARM_TOPIC=f"arn:aws:sns:{REGION}:{ACCOUNT_ID}:of-another-team")
+    ran = bundle.run_function("check_fleet_settings; check_topic", PATH=path)
+    assert (ran.returncode, ran.stderr) == (0, "")
 
 
 # --- When AWS refuses ----------------------------------------------------------------------------------------

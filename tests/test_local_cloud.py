@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import json
+import re
 import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from aws_fixtures import Aws, Bundle
 from conftest import await_that, group_of
-from local_cloud import LocalCloud, metric_math
+from local_cloud import LocalCloud, alarm_state, metric_math
 
 NO_CAPACITY = (
     "We currently do not have sufficient g5.2xlarge capacity in the Availability Zone you requested (us-west-2a). "
@@ -205,6 +209,9 @@ def test_an_update_keeps_what_it_does_not_name_and_its_limits(quick_cloud: Local
         ("IF(a > 0 AND b < 1, 1, 0)", {"a": 2.0, "b": 1.0}, 0.0),
         ("IF(a > 0 AND b < 1, 1, 0)", {"a": 2.0, "b": None}, None),
         ("IF(a > 0 AND b < 1, 1, 0)", {"a": None, "b": 0.0}, None),
+        ("IF(a + b < 1, 1, 0)", {"a": 0.0, "b": 0.0}, 1.0),
+        ("IF(a + b < 1, 1, 0)", {"a": 0.0, "b": 1.0}, 0.0),
+        ("IF(a + b < 1, 1, 0)", {"a": 0.0, "b": None}, None),
         ("IF(FILL(a, 0) > 0 OR FILL(b, 1) < 1, 1, 0)", {"a": None, "b": None}, 0.0),
     ],
 )
@@ -212,7 +219,7 @@ def test_metric_math(expression: str, values: dict[str, float | None], result: f
     assert metric_math(expression, values) == result
 
 
-@pytest.mark.parametrize("expression", ["a +", "a + 1", "RATE(a)", "c > 0", "__import__('os')", "a >= 1", "FILL(a)"])
+@pytest.mark.parametrize("expression", ["a +", "a * 1", "RATE(a)", "c > 0", "__import__('os')", "a >= 1", "FILL(a)"])
 def test_metric_math_refuses_what_it_does_not_know(expression: str) -> None:
     with pytest.raises(ValueError, match="is not understood"):
         metric_math(expression, {"a": 1.0})
@@ -220,20 +227,24 @@ def test_metric_math_refuses_what_it_does_not_know(expression: str) -> None:
 
 @pytest.fixture(scope="module")
 def net(cloud: LocalCloud, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What create_env.sh makes of alarm and policy."""
+    """What create_env.sh makes of alarms and policy."""
     fleet = Fleet(cloud)
     bundle = Bundle(tmp_path_factory.mktemp("net") / "bundle", Aws(cloud.endpoint, cloud.aws_cli_socket))
     bundle.set(PREFIX=fleet.prefix)
-    ran = bundle.run_function("ensure_alarm; ensure_alarm")
+    ran = bundle.run_function("ensure_alarms; ensure_alarms")
     assert (ran.returncode, ran.stderr) == (0, "")
-    assert [line.rpartition("  ")[2] for line in ran.stdout.splitlines()] == ["created", "already there"]
-    (alarm,) = fleet.cloudwatch.describe_alarms(AlarmNames=[f"{fleet.name}-first-instance"])["MetricAlarms"]
-    (policy,) = fleet.autoscaling.describe_policies(AutoScalingGroupName=fleet.name)["ScalingPolicies"]
-    assert alarm["Metrics"][2]["Expression"] == OURS
-    fleet.cloudwatch.delete_alarms(AlarmNames=[alarm["AlarmName"]])
+    assert [line.rpartition("  ")[2] for line in ran.stdout.splitlines()] == ["created"] * 5 + ["already there"] * 5
     settings = ("ComparisonOperator", "Threshold", "EvaluationPeriods", "TreatMissingData", "Metrics")
+    alarms = {
+        alarm["AlarmName"].removeprefix(f"{fleet.name}-"): {name: alarm[name] for name in settings}
+        for alarm in fleet.cloudwatch.describe_alarms(AlarmNamePrefix=f"{fleet.name}-")["MetricAlarms"]
+    }
+    fleet.cloudwatch.delete_alarms(AlarmNames=[f"{fleet.name}-{name}" for name in alarms])
+    assert alarms["first-instance"]["Metrics"][2]["Expression"] == OURS
+    (policy,) = fleet.autoscaling.describe_policies(AutoScalingGroupName=fleet.name)["ScalingPolicies"]
     return {
-        "alarm": {name: alarm[name] for name in settings},
+        "alarm": alarms["first-instance"],
+        "alarms": alarms,
         "policy": {name: policy[name] for name in ("PolicyType", "AdjustmentType", "StepAdjustments")},
     }
 
@@ -324,3 +335,87 @@ def test_an_alarm_that_is_not_understood_is_said(
     fleet.put_net(net, "RATE(visible)", 300)
     await_that("it is said", lambda: "the expression 'RATE(visible)' is not understood" in caplog.text)
     assert f"the alarm {fleet.name} is not evaluated" in caplog.text
+
+
+# What each metric was, minute by minute, as often as the number in front says; None: nothing was published.
+Past = tuple[int, dict[str, float | None]]
+QUIET: dict[str, float | None] = {"visible": 0, "running": 0}
+SILENT: dict[str, float | None] = {"visible": None, "running": None}
+
+
+@pytest.mark.parametrize(
+    ("alarm", "past", "state"),
+    [
+        ("dead-letters", [(1, {"visible": 1})], "ALARM"),
+        ("dead-letters", [(1, {"visible": 1}), (1, {"visible": 0})], "OK"),
+        ("dead-letters", [(1, {"visible": 1}), (1, {"visible": None})], "OK"),
+        ("oldest-message", [(1, {"visible": 1, "age": 1801})], "ALARM"),
+        ("oldest-message", [(1, {"visible": 1, "age": 1800})], "OK"),
+        ("oldest-message", [(1, {"visible": 0, "age": 9999})], "OK"),  # a long job, and nobody waits for it
+        ("oldest-message", [(1, {"visible": None, "age": None})], "OK"),
+        ("not-in-service", [(15, {"desired": 2, "serving": 1})], "ALARM"),
+        ("not-in-service", [(14, {"desired": 2, "serving": 1})], "OK"),
+        ("not-in-service", [(14, {"desired": 2, "serving": 1}), (1, {"desired": 2, "serving": 2})], "OK"),
+        ("not-in-service", [(15, {"desired": 1, "serving": 2})], "OK"),  # one is on its way out
+        ("not-in-service", [(15, {"desired": None, "serving": None})], "OK"),
+        ("idle-hour", [(60, {"serving": 1, **QUIET})], "ALARM"),
+        ("idle-hour", [(60, {"serving": 1, **SILENT})], "ALARM"),  # after six hours SQS says nothing
+        ("idle-hour", [(59, {"serving": 1, **QUIET})], "before"),
+        ("idle-hour", [(60, {"serving": 1, **QUIET}), (1, {"serving": None, **QUIET})], "before"),
+        ("idle-hour", [(30, {"serving": 1, **QUIET}), (30, {"serving": 1, **QUIET, "running": 1})], "OK"),
+        ("idle-hour", [(60, {"serving": 1, **QUIET}), (1, {"serving": 1, **QUIET, "visible": 1})], "OK"),
+        ("idle-hour", [(60, {"serving": 0, **QUIET})], "OK"),
+    ],
+)
+def test_an_alarm_rings_when_it_should(net: dict[str, Any], alarm: str, past: list[Past], state: str) -> None:
+    settings = net["alarms"][alarm]
+    (expression,) = [metric["Expression"] for metric in settings["Metrics"] if "Expression" in metric]
+    period_s = max(metric["MetricStat"]["Period"] for metric in settings["Metrics"] if "MetricStat" in metric)
+    points = [metric_math(expression, values) for minutes, values in past for _ in range(minutes)]
+    watched = settings["EvaluationPeriods"] * period_s // 60
+    points = [*[None] * (watched - len(points)), *points][-watched:]
+    seen = SimpleNamespace(
+        comparison_operator=settings["ComparisonOperator"],
+        threshold=settings["Threshold"],
+        treat_missing_data=settings["TreatMissingData"],
+        state_value="before",
+    )
+    assert alarm_state(seen, points) == state
+
+
+def test_instances_that_are_always_there_may_be_idle(cloud: LocalCloud, tmp_path: Path) -> None:
+    bundle = Bundle(tmp_path / "bundle", Aws(cloud.endpoint, cloud.aws_cli_socket))
+    bundle.set(PREFIX=f"x{uuid.uuid4().hex[:8]}", MIN_INSTANCES="2")
+    ran = bundle.run_function('ensure_alarm() { echo "$1 $6"; }; POLICY_ARN=x; ensure_policy() { :; }; ensure_alarms')
+    assert "idle-hour IF(serving > 2 AND " in ran.stdout
+
+
+def test_the_watching_alarms_ring_on_a_running_fleet(
+    make_fleet: Callable[..., Fleet], net: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    fleet = make_fleet()
+    dead = fleet.sqs.create_queue(QueueName=f"{fleet.queue_name}-dlq")["QueueUrl"]
+    metrics = ["GroupDesiredCapacity", "GroupInServiceInstances"]
+    fleet.autoscaling.enable_metrics_collection(
+        AutoScalingGroupName=fleet.name, Granularity="1Minute", Metrics=metrics
+    )
+    for name, alarm in net["alarms"].items():
+        renamed = json.loads(re.sub(r'"x[0-9a-f]{8}-pro-', f'"{fleet.prefix}-pro-', json.dumps(alarm)))
+        fleet.cloudwatch.put_metric_alarm(**renamed | {"AlarmName": f"{fleet.name}-{name}"})
+
+    def states() -> dict[str, str]:
+        found = fleet.cloudwatch.describe_alarms(AlarmNamePrefix=f"{fleet.name}-")["MetricAlarms"]
+        return {alarm["AlarmName"].removeprefix(f"{fleet.name}-"): alarm["StateValue"] for alarm in found}
+
+    quiet = dict.fromkeys(net["alarms"], "OK")
+    await_that("all is quiet", lambda: states() == quiet)
+    fleet.cloud.launch_failure = NO_CAPACITY
+    fleet.want(1)
+    fleet.sqs.send_message(QueueUrl=dead, MessageBody="{}")
+    ringing = quiet | {"dead-letters": "ALARM", "not-in-service": "ALARM"}
+    await_that("they ring", lambda: states() == ringing)
+    fleet.cloud.launch_failure = None
+    fleet.sqs.purge_queue(QueueUrl=dead)
+    await_that("they are quiet again", lambda: states() == quiet)
+    assert "is not evaluated" not in caplog.text
+    fleet.cloudwatch.delete_alarms(AlarmNames=[f"{fleet.name}-{name}" for name in net["alarms"]])

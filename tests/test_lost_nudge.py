@@ -8,6 +8,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,18 @@ def check_a_sender_that_may_not_scale(fleet: Fleet) -> None:
     result = fleet.await_one_more(set())
     assert result["status"] == "succeeded"
     fleet.await_nobody()
+    check_that_the_boot_was_written_down(fleet, result["instance_id"])
+
+
+def check_that_the_boot_was_written_down(fleet: Fleet, instance_id: str) -> None:
+    """With the logs, which are there after the instance is gone."""
+    bucket, key = f"{fleet.prefix}-{ACCOUNT_ID}-{REGION}-pro", f"output/{instance_id}/boot.json"
+    report = json.loads(fleet.s3.get_object(Bucket=bucket, Key=key)["Body"].read())
+    seconds = [report["phases"][phase] for phase in ("system", "cloud_init", "mount")]
+    assert min(seconds) >= 0
+    booted_at = datetime.fromisoformat(report["booted_at"]).timestamp()
+    assert booted_at == fleet.cloud.machines[instance_id].booted_at
+    assert booted_at + sum(seconds) == pytest.approx(report["comfyui_started_at"], abs=0.002)
 
 
 def check_a_sender_that_dies_before_it_has_nudged(fleet: Fleet) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from datetime import datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from conftest import LIMIT_S, ROOT, Site, await_that, group_of, image_workflow
 from local_cloud import LocalCloud, Machine
 
 import parse_job
-from comfy_utils import Job, Metadata, load_settings, new_job_id
+from comfy_utils import Metadata, load_settings, new_job_id
 
 NO_RESULT_YET = None
 
@@ -401,7 +402,8 @@ def test_worker_json_tells_what_the_worker_does(
     assert worker.tell_of_jobs()
     assert told() == [], "idle, and that is said as well"
     job_id = new_job_id()
-    with worker.running_job(job_id, alone=False):
+    lease: Any = SimpleNamespace(attempt=1)
+    with worker.running_job(job_id, lease, alone=False):
         assert not worker.tell_of_jobs(), "it may stand behind another one"
         worker.note_running(job_id)
         assert worker.tell_of_jobs()
@@ -783,3 +785,22 @@ def peak_mb(pid: int) -> float:
     """The most memory a process has used."""
     (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) / 1024
+
+
+# --- Restarting ComfyUI ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shown", ["0", "", "-1", "[not set]"])
+def test_where_systemd_has_no_comfyui_nothing_is_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shown: str
+) -> None:
+    """To os.kill, 0 and -1 are whole groups of processes, this one among them."""
+    (tmp_path / "systemctl").write_text(f"#!/bin/sh\necho '{shown}'\n")
+    (tmp_path / "systemctl").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    killed: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda pid, _: killed.append(pid))
+    worker = SimpleNamespace(answered_at=0.0, restarted_at=0.0, turn=threading.Condition())
+    parse_job.Worker.restart_comfyui(worker, time.monotonic())  # type: ignore[arg-type]
+    assert killed == []
+    assert worker.answered_at > 0
