@@ -152,6 +152,8 @@ choose_env() {
   WORKER_ROLE=$ASG_NAME-worker        # its instance profile too
   # The names of roles are one region's and all regions': the path, which nobody can change, says whose.
   WORKER_PATH=/$PREFIX/$REGION/$ENV/
+  # shellcheck disable=SC2034 # delete_env.sh reads it
+  OUR_TAGS=(--filters "Name=tag:comfy-env,Values=$ENV" "Name=tag:comfy-prefix,Values=$PREFIX")
   # AWS_REGION too: AWS CLI v2 prefers it.
   export AWS_DEFAULT_REGION=$REGION AWS_REGION=$REGION AWS_RETRY_MODE=standard AWS_PAGER=""
 }

@@ -515,7 +515,6 @@ main() {
   [[ $yes == yes || $DRY_RUN == yes || -t 0 ]] \
     || die "there is no terminal to ask on: add --yes to remove $ENV without a question"
   check_account
-  OUR_TAGS=(--filters "Name=tag:comfy-env,Values=$ENV" "Name=tag:comfy-prefix,Values=$PREFIX")
 
   printf 'Environment %s in %s of account %s\n' "$ENV" "$REGION" "$ACCOUNT_ID"
   FOUND=$(look)

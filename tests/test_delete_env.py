@@ -43,7 +43,9 @@ def make_role(aws: Aws, name: str) -> None:
     iam, role = aws.client("iam"), f"simple-comfy-{name}-asg-worker"
     path = f"/simple-comfy/{REGION}/{name}/"
     iam.create_role(RoleName=role, Path=path, AssumeRolePolicyDocument="{}", Tags=tags(name))
-    policy = json.dumps({"Version": "2012-10-17", "Statement": []})
+    policy = json.dumps(
+        {"Version": "2012-10-17", "Statement": {"Effect": "Allow", "Action": "s3:*", "Resource": "*"}}
+    )
     iam.put_role_policy(RoleName=role, PolicyName="worker", PolicyDocument=policy)
     attached = iam.create_policy(PolicyName=f"company-{name}", PolicyDocument=policy)["Policy"]["Arn"]
     iam.attach_role_policy(RoleName=role, PolicyArn=attached)
@@ -251,15 +253,13 @@ def test_the_bucket_can_be_kept_and_a_dry_run_keeps_all(bundle: Bundle, aws: Aws
     before = aws.everything("pro")
     ran = bundle.run("delete_env.sh", "pro", "--dry-run")
     assert (ran.returncode, ran.stderr) == (0, "")
-    assert ran.stdout.endswith("Nothing was removed, because of --dry-run.
-")
+    assert ran.stdout.endswith("Nothing was removed, because of --dry-run.\n")
     assert aws.everything("pro") == before
 
     ran = bundle.run("delete_env.sh", "pro", "--yes", "--keep-bucket")
     assert (ran.returncode, ran.stderr) == (0, "")
     assert "kept, with 1 files or versions, 18B" in ran.stdout
-    assert ran.stdout.endswith(f"but its bucket {BUCKET}, which ./create_env.sh pro takes up again.
-")
+    assert ran.stdout.endswith(f"but its bucket {BUCKET}, which ./create_env.sh pro takes up again.\n")
     assert aws.files(BUCKET) == {"output/picture.png": "output/picture.png"}
     assert QUEUE not in aws.everything("pro")
     assert bundle.run_function("bucket_owner").stdout == "pro"
@@ -267,12 +267,11 @@ def test_the_bucket_can_be_kept_and_a_dry_run_keeps_all(bundle: Bundle, aws: Aws
 
 def make_group(aws: Aws) -> None:
     image = aws.client("ec2").register_image(Name="image")["ImageId"]
-    aws.client("autoscaling").create_launch_configuration(
-        LaunchConfigurationName="any", ImageId=image, InstanceType="g5.xlarge"
-    )
+    data = {"ImageId": image, "InstanceType": "g5.xlarge"}
+    aws.client("ec2").create_launch_template(LaunchTemplateName="any", LaunchTemplateData=data)
     aws.client("autoscaling").create_auto_scaling_group(
         AutoScalingGroupName=GROUP,
-        LaunchConfigurationName="any",
+        LaunchTemplate={"LaunchTemplateName": "any"},
         MinSize=0,
         MaxSize=1,
         AvailabilityZones=[f"{REGION}a"],
