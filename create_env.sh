@@ -146,6 +146,11 @@ choose_env() {
   [[ $ASG_NAME =~ ^[A-Za-z0-9_-]{1,100}$ ]] \
     || die "ASG_NAME is '$ASG_NAME': use at most 100 letters, digits, hyphens and underscores in $HERE/env"
 
+  case $REGION in # until check_account asks AWS
+    cn-*) PARTITION=aws-cn ;;
+    us-gov-*) PARTITION=aws-us-gov ;;
+    *) PARTITION=aws ;;
+  esac
   DLQ_NAME=$SQS_NAME-dlq
   TEMPLATE_NAME=$ASG_NAME-template
   ALARM_NAME=$ASG_NAME-first-instance # its scaling policy too
@@ -528,11 +533,6 @@ print_policy() {
   fi
   choose_env "$name"
   check_profile
-  case $REGION in # as check_account finds it
-    cn-*) PARTITION=aws-cn ;;
-    us-gov-*) PARTITION=aws-us-gov ;;
-    *) PARTITION=aws ;;
-  esac
   "${who}_policy"
 }
 

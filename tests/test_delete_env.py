@@ -128,7 +128,7 @@ def test_everything_of_the_environment_goes_and_nothing_else(bundle: Bundle, aws
     code, shown = bundle.run_on_terminal("delete_env.sh", "pro", answer="pro", DELETE_BATCH="3")
     assert code == 0, shown
     assert f"All files in {BUCKET} are lost for ever. Type pro to remove the environment:" in shown
-    assert shown.count("to be removed") == 16
+    assert shown.count("to be removed") == 15
     assert "already gone" not in shown
     assert lost in shown
     assert "to be removed, with 1 instance\r\n" in shown
