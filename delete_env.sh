@@ -234,9 +234,10 @@ show() {
   done
 }
 
-# how_much KIND NAME: what is in it, for those that hold something.
+# how_much KIND NAME: what is in it, for those that hold something. Where AWS does not say, its words
+# stand above, and the rest goes on.
 how_much() {
-  local kind=$1 name=$2 count bytes waiting running
+  local kind=$1 name=$2 answer count bytes waiting running
   case $kind in
     group)
       count=$(aws autoscaling describe-auto-scaling-groups --auto-scaling-group-names "$name" \
@@ -244,12 +245,13 @@ how_much() {
       printf ', with %s' "$(instances "$count")"
       ;;
     queue)
-      IFS=$'\t' read -r waiting running <<<"$(count_messages "$name")"
+      answer=$(count_messages "$name") || return 0
+      IFS=$'\t' read -r waiting running <<<"$answer"
       printf ', with %s messages waiting and %s being worked on' "$waiting" "$running"
       ;;
     bucket)
-      read -r count bytes <<<"$(aws s3api list-object-versions --bucket "$name" \
-        --query 'Versions[].[Size]' --output text | sum_sizes)"
+      answer=$(aws s3api list-object-versions --bucket "$name" --query 'Versions[].[Size]' --output text | sum_sizes) || return 0
+      read -r count bytes <<<"$answer"
       printf ', with %s files or versions, %s' "$count" "$(numfmt --to=si --suffix=B "$bytes")"
       ;;
   esac
@@ -260,7 +262,7 @@ sum_sizes() {
   awk '/^[0-9]+$/ { count++; sum += $1 } END { printf "%.0f %.0f\n", count, sum }'
 }
 
-# count_messages URL: waiting, and being worked on. Empty where AWS does not tell.
+# count_messages URL: waiting, and being worked on.
 count_messages() {
   aws sqs get-queue-attributes --queue-url "$1" --attribute-names ApproximateNumberOfMessages \
     ApproximateNumberOfMessagesDelayed ApproximateNumberOfMessagesNotVisible \

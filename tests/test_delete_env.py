@@ -116,7 +116,7 @@ def test_everything_of_the_environment_goes_and_nothing_else(bundle: Bundle, aws
     sqs = aws.client("sqs")
     for text in "abc":
         sqs.send_message(QueueUrl=f"{aws.endpoint}/{ACCOUNT_ID}/{QUEUE}", MessageBody=text)
-    sqs.receive_message(QueueUrl=f"{aws.endpoint}/{ACCOUNT_ID}/{QUEUE}", MaxNumberOfMessages=1)
+    sqs.receive_message(QueueUrl=f"{aws.endpoint}/{ACCOUNT_ID}/{QUEUE}", VisibilityTimeout=3600)
     # What an instance that has ended has left.
     ec2.create_volume(
         AvailabilityZone=f"{REGION}a", Size=1, TagSpecifications=[{"ResourceType": "volume", "Tags": tags("pro")}]
@@ -305,7 +305,7 @@ def test_draining_waits_until_what_is_there_has_been_run(bundle: Bundle, aws: Aw
 
         await_that("an instance is started for what waits", wanted)
         for _ in "ab":
-            (message,) = sqs.receive_message(QueueUrl=url)["Messages"]
+            (message,) = sqs.receive_message(QueueUrl=url, VisibilityTimeout=3600)["Messages"]
             sqs.delete_message(QueueUrl=url, ReceiptHandle=message["ReceiptHandle"])
         ran = running.result()
     assert (ran.returncode, ran.stderr) == (0, "")
