@@ -186,12 +186,19 @@ choose_env() {
     || problem "ASG_NAME is '$ASG_NAME': use at most 100 letters, digits, hyphens and underscores in $HERE/env"
   die_of_problems
 
+  case $REGION in # until check_account asks AWS
+    cn-*) PARTITION=aws-cn ;;
+    us-gov-*) PARTITION=aws-us-gov ;;
+    *) PARTITION=aws ;;
+  esac
   DLQ_NAME=$SQS_NAME-dlq
   TEMPLATE_NAME=$ASG_NAME-template
   ALARM_NAME=$ASG_NAME-first-instance # its scaling policy too
   WORKER_ROLE=$ASG_NAME-worker        # its instance profile too
   # The names of roles are one region's and all regions': the path, which nobody can change, says whose.
   WORKER_PATH=/$PREFIX/$REGION/$ENV/
+  # shellcheck disable=SC2034 # delete_env.sh reads it
+  OUR_TAGS=(--filters "Name=tag:comfy-env,Values=$ENV" "Name=tag:comfy-prefix,Values=$PREFIX")
   # AWS_REGION too: AWS CLI v2 prefers it.
   export AWS_DEFAULT_REGION=$REGION AWS_REGION=$REGION AWS_RETRY_MODE=standard AWS_PAGER=""
 }
@@ -725,11 +732,6 @@ print_policy() {
   fi
   choose_env "$name"
   check_profile
-  case $REGION in # as check_account finds it
-    cn-*) PARTITION=aws-cn ;;
-    us-gov-*) PARTITION=aws-us-gov ;;
-    *) PARTITION=aws ;;
-  esac
   "${who}_policy"
 }
 
@@ -1329,7 +1331,6 @@ ensure_group() {
     [[ $state == created ]] || state=updated
   fi
   report group "$ASG_NAME" "$state"
-  GROUP_STATE=$state
   ((WARM_POOL == 0)) || ensure_pool "$pool"
 }
 
@@ -1465,16 +1466,16 @@ ensure_policy() {
     --query PolicyARN --output text)
 }
 
-# ensure_alarm NAME MEANING ACTION PERIODS MISSING EXPRESSION METRIC...: an alarm that rings when EXPRESSION
-# was 1 in so many periods in a row. MISSING is what data that is missing counts for.
+# ensure_alarm NAME MEANING ACTION PERIODS ABSENT EXPRESSION METRIC...: an alarm that rings when EXPRESSION
+# was 1 in so many periods in a row. ABSENT is what data that is missing counts for.
 ensure_alarm() {
-  local name=$ASG_NAME-$1 meaning=$2 action=$3 periods=$4 missing=$5 expression=$6 metrics found digest state=updated
+  local name=$ASG_NAME-$1 meaning=$2 action=$3 periods=$4 absent=$5 expression=$6 metrics found digest state=updated
   shift 6
   metrics=$(printf '%s,' "$@")
   local -a alarm=(--comparison-operator GreaterThanOrEqualToThreshold
     --threshold 1
     --evaluation-periods "$periods"
-    --treat-missing-data "$missing"
+    --treat-missing-data "$absent"
     --metrics "[$metrics{\"Id\":\"rings\",\"Label\":\"$meaning\",\"ReturnData\":true,\"Expression\":\"$expression\"}]")
   [[ -z $action ]] || alarm+=(--alarm-actions "$action")
   found=$(ask_aws "look at the alarm $name" cloudwatch describe-alarms \

@@ -262,9 +262,14 @@ class Aws:
                 for key, look, answer in (
                     ("bucket tags", s3.get_bucket_tagging, "TagSet"),
                     ("bucket access", s3.get_public_access_block, "PublicAccessBlockConfiguration"),
+                    ("bucket encryption", s3.get_bucket_encryption, "ServerSideEncryptionConfiguration"),
+                    ("bucket policy", s3.get_bucket_policy, "Policy"),
+                    ("bucket lifecycle", s3.get_bucket_lifecycle_configuration, "Rules"),
                 ):
                     with suppress(ClientError):  # how S3 says that there is none
                         found[key] = look(Bucket=bucket["Name"])[answer]
+                events = s3.get_bucket_notification_configuration(Bucket=bucket["Name"])
+                found["bucket events"] = {key for key in events if key.endswith(("Configuration", "Configurations"))}
                 found["bucket files"] = s3.list_objects_v2(Bucket=bucket["Name"]).get("Contents", [])
         mine = [{"Name": "tag:comfy-env", "Values": [name]}]
         found["images"] = ec2.describe_images(Owners=["self"], Filters=mine)["Images"]
@@ -291,6 +296,19 @@ class Aws:
             alarm["Tags"] = cloudwatch.list_tags_for_resource(ResourceARN=alarm["AlarmArn"])["Tags"]
         with suppress(ClientError):
             found["dashboard"] = cloudwatch.get_dashboard(DashboardName=f"simple-comfy-{name}-asg")["DashboardBody"]
+        iam, path = self.client("iam", region), f"/simple-comfy/{region}/{name}/"
+        found["roles"] = [role for role in iam.list_roles()["Roles"] if role["Path"] == path]
+        for role in found["roles"]:
+            role["Tags"] = iam.list_role_tags(RoleName=role["RoleName"])["Tags"]
+            policies = iam.list_role_policies(RoleName=role["RoleName"])["PolicyNames"]
+            role["Policies"] = [
+                iam.get_role_policy(RoleName=role["RoleName"], PolicyName=policy)["PolicyDocument"]
+                for policy in policies
+            ]
+        profiles = iam.list_instance_profiles()["InstanceProfiles"]
+        found["profiles"] = [profile for profile in profiles if profile["Path"] == path]
+        free = [{"Name": "status", "Values": ["available"]}]
+        found["volumes"] = ec2.describe_volumes(Filters=mine + free)["Volumes"]
         return {key: value for key, value in found.items() if value}
 
 
@@ -384,6 +402,14 @@ class Bundle:
 
     def break_call(self, words: str, message: str, times: int = 1000) -> str:
         """A PATH on which `aws ... WORDS ...` fails `times` times with `message`; the rest is the real CLI."""
+        refuse = f"printf '\\nAn error occurred (%s) when calling an operation: no.\\n' '{message}' >&2; exit 254"
+        return self._replace_call(words, refuse, times)
+
+    def answer_call(self, words: str, answer: str) -> str:
+        """A PATH on which `aws ... WORDS ...` prints `answer`; the rest is the real CLI."""
+        return self._replace_call(words, f"echo '{answer}'; exit", 1000)
+
+    def _replace_call(self, words: str, command: str, times: int) -> str:
         folder = self.folder / "broken"
         folder.mkdir(exist_ok=True)
         counter = folder / "left"
@@ -394,8 +420,7 @@ class Bundle:
 left=$(<'{counter}')
 if [[ " $* " == *" {words} "* ]] && ((left > 0)); then
   echo $((left - 1)) >'{counter}'
-  printf '\\nAn error occurred (%s) when calling an operation: no.\\n' '{message}' >&2
-  exit 254
+  {command}
 fi
 exec '{TESTS}/bin/aws' "$@"
 """

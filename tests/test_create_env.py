@@ -26,6 +26,8 @@ BASE_BUCKET = f"simple-comfy-{ACCOUNT_ID}-{REGION}-base"
 BUCKET = f"simple-comfy-{ACCOUNT_ID}-{REGION}-pro"
 ALARM = "simple-comfy-pro-asg-first-instance"
 QUEUE = "simple-comfy-pro-queue"
+WORKER = "simple-comfy-pro-asg-worker"
+PATH_OF_WORKER = f"/simple-comfy/{REGION}/pro/"
 NO_INSTANCE = "i-0123456789abcdef0"
 
 
@@ -60,6 +62,7 @@ def test_an_environment_is_made_completed_left_alone_and_changed(bundle: Bundle,
     for check in (
         check_queues,
         check_bucket,
+        check_role,
         check_image,
         check_template,
         check_group,
@@ -122,6 +125,8 @@ def check_queues(story: Story) -> None:
         assert attributes["MessageRetentionPeriod"] == str(14 * 24 * 3600)
         assert attributes["MaximumMessageSize"] == str(1024 * 1024)
         assert found[name]["tags"] == {"comfy-env": "pro", "comfy-prefix": "simple-comfy", "Name": name}
+        assert attributes["SqsManagedSseEnabled"] == "true"
+        check_only_tls(attributes["Policy"], [f"arn:aws:sqs:{REGION}:{ACCOUNT_ID}:{name}"])
     assert json.loads(found[QUEUE]["attributes"]["RedrivePolicy"]) == {
         "deadLetterTargetArn": f"arn:aws:sqs:{REGION}:{ACCOUNT_ID}:{QUEUE}-dlq",
         "maxReceiveCount": 3,
@@ -135,6 +140,35 @@ def check_bucket(story: Story) -> None:
     assert set(found["bucket access"].values()) == {True}
     assert tags_of(found["bucket tags"]) == {"comfy-env": "pro", "comfy-prefix": "simple-comfy", "Name": BUCKET}
     assert [file["Key"] for file in found["bucket files"]] == ["input/photo.png", "models/model.safetensors"]
+
+    arn = f"arn:aws:s3:::{BUCKET}"
+    check_only_tls(found["bucket policy"], [arn, f"{arn}/*"])
+    (rule,) = found["bucket encryption"]["Rules"]
+    assert rule["ApplyServerSideEncryptionByDefault"] == {"SSEAlgorithm": "AES256"}
+    (rule,) = found["bucket lifecycle"]
+    assert (rule["Status"], rule["AbortIncompleteMultipartUpload"]) == ("Enabled", {"DaysAfterInitiation": 7})
+    assert "Expiration" not in rule
+    assert found["bucket events"] == {"EventBridgeConfiguration"}
+
+
+def check_only_tls(policy: str, resources: list[str]) -> None:
+    (statement,) = json.loads(policy)["Statement"]
+    assert (statement["Effect"], statement["Principal"]) == ("Deny", "*")
+    assert statement["Condition"] == {"Bool": {"aws:SecureTransport": "false"}}
+    assert statement["Resource"] == resources
+
+
+def check_role(story: Story) -> None:
+    (role,), (profile,) = story.found[COMPLETED]["roles"], story.found[COMPLETED]["profiles"]
+    assert role["RoleName"] == profile["InstanceProfileName"] == WORKER
+    assert tags_of(role["Tags"]) == {"comfy-env": "pro", "comfy-prefix": "simple-comfy", "Name": WORKER}
+    assert [inside["RoleName"] for inside in profile["Roles"]] == [WORKER]
+    (trust,) = role["AssumeRolePolicyDocument"]["Statement"]
+    assert trust["Principal"] == {"Service": "ec2.amazonaws.com"}
+    (policy,) = role["Policies"]
+    resources = {resource for statement in policy["Statement"] for resource in [statement["Resource"]]
+                 if isinstance(resource, str)}  # fmt: skip
+    assert f"arn:aws:sqs:{REGION}:{ACCOUNT_ID}:{QUEUE}" in resources
 
 
 def check_image(story: Story) -> None:
@@ -155,7 +189,7 @@ def check_template(story: Story) -> None:
     assert data["ImageId"] == story.found[COMPLETED]["images"][0]["ImageId"]
     assert data["InstanceType"] == "g5.2xlarge"
     assert data["SecurityGroupIds"] == [story.base.security_group]
-    assert data["IamInstanceProfile"] == {"Arn": f"arn:aws:iam::{ACCOUNT_ID}:instance-profile/comfy"}
+    assert data["IamInstanceProfile"] == {"Name": WORKER}
     assert data["KeyName"] == "operator"
     assert data["MetadataOptions"] == {
         "HttpTokens": "required",
@@ -257,7 +291,7 @@ def check_dashboard(story: Story) -> None:
 def check_that_nothing_changed(story: Story) -> None:
     assert story.found[AGAIN] == story.found[COMPLETED]
     printed = story.ran[AGAIN].stdout
-    assert printed.count("already there") == 13
+    assert printed.count("already there") == 14
     assert "created" not in printed
     assert "updated" not in printed
 
@@ -767,6 +801,8 @@ def test_bad_arguments(bundle: Bundle, arguments: list[str], sentence: str) -> N
         ("ALARM_TOPIC", f"arn:aws:sns:eu-west-1:{ACCOUNT_ID}:ops", f"to the ARN of an SNS topic in {REGION}"),
         ("ALARM_TOPIC", f"arn:aws:sns:{REGION}:{ACCOUNT_ID}:gone", "but there is no such topic: create it"),
         ("COMFY_HOME", "comfy", "COMFY_HOME is 'comfy': set it in"),
+        ("INSTANCE_PROFILE", "a/b", "INSTANCE_PROFILE is 'a/b': set it in"),
+        ("ASG_NAME", "a" * 54 + "-${ENV}", "has 65 characters and IAM allows 64: choose a shorter ASG_NAME"),
         ("S3_BUCKET", "ab", "S3_BUCKET is 'ab' for both base and pro: write it with ${ENV}"),
         ("S3_BUCKET", "My.Bucket-${ENV}", "S3_BUCKET is 'My.Bucket-pro': use 3 to 63 lowercase"),
         ("SQS_NAME", "jobs.${ENV}", "SQS_NAME is 'jobs.pro': use at most 76"),
@@ -817,13 +853,12 @@ def test_help(bundle: Bundle) -> None:
 # --- The base machine ----------------------------------------------------------------------------------------
 
 
-def test_a_base_machine_without_a_profile_is_warned_about(bundle: Bundle, aws: Aws) -> None:
+def test_a_base_machine_that_has_ended_is_refused(bundle: Bundle, aws: Aws) -> None:
     ec2 = aws.client("ec2")
     image = ec2.register_image(Name="ubuntu")["ImageId"]
     instance = ec2.run_instances(ImageId=image, MinCount=1, MaxCount=1)["Instances"][0]["InstanceId"]
-    ran = bundle.run_function(f'inspect_base {instance}; echo "$PROFILE $KEY_NAME"')
-    assert (ran.returncode, ran.stdout) == (0, "None None\n")
-    assert f"warning: the base machine {instance} has no instance profile" in ran.stderr
+    ran = bundle.run_function(f'inspect_base {instance}; echo "$KEY_NAME"')
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "None\n", "")
 
     ec2.terminate_instances(InstanceIds=[instance])
     ran = bundle.run_function(f"inspect_base {instance}; die_of_problems")
@@ -832,6 +867,81 @@ def test_a_base_machine_without_a_profile_is_warned_about(bundle: Bundle, aws: A
         f"the instance {instance} is terminated: an image can be made of it when it is running or stopped"
         in ran.stderr
     )
+
+
+# --- Permissions ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["pro", "base"])
+@pytest.mark.parametrize("who", ["worker", "sender", "operator"])
+def test_policies_are_printed_without_aws_and_fit_into_iam(bundle: Bundle, who: str, name: str) -> None:
+    bundle.set(PREFIX="a-company-with-a-longer-name")
+    ran = bundle.run("create_env.sh", "--print-policy", who, name, AWS_ENDPOINT_URL="http://127.0.0.1:9")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    policy = json.loads(ran.stdout)
+    assert len("".join(ran.stdout.split())) <= 6144, "the longest that a managed policy may be"
+    text = json.dumps(policy)
+    assert f"arn:aws:sqs:{REGION}:{ACCOUNT_ID}:a-company-with-a-longer-name-{name}-queue" in text
+    open_to_all = {
+        action
+        for statement in policy["Statement"]
+        if statement["Resource"] == "*"
+        for action in ([statement["Action"]] if isinstance(statement["Action"], str) else statement["Action"])
+    }
+    looks = ("Describe", "List", "GetResources", "GetServiceQuota", "PutMetricData")
+    assert all(action.partition(":")[2].startswith(looks) for action in open_to_all), open_to_all
+    if name == "base":
+        assert "Delete" not in text or who == "worker"
+
+
+def test_a_policy_is_that_of_the_env_in_the_settings(bundle: Bundle) -> None:
+    bundle.set(ENV="pro")
+    printed = [bundle.run("create_env.sh", "--print-policy", "sender", *name).stdout for name in ([], ["pro"])]
+    assert printed[0] == printed[1] != ""
+    ran = bundle.run("create_env.sh", "--print-policy", "sender", REGION="cn-north-1")
+    assert f'"arn:aws-cn:sqs:cn-north-1:{ACCOUNT_ID}:{QUEUE}"' in ran.stdout
+    for arguments, sentence in (
+        (["root"], "'root' is no one's policy: use --print-policy worker, sender or operator"),
+        ([], "'' is no one's policy"),
+        (["sender", "pro", "more"], "the argument 'more' is one too many"),
+        (["sender", "Pro"], "the environment's name 'Pro' is not allowed"),
+    ):
+        ran = bundle.run("create_env.sh", "--print-policy", *arguments)
+        assert (ran.returncode, ran.stdout) == (1, "")
+        assert ran.stderr.startswith(f"create_env.sh: {sentence}")
+
+
+def test_a_changed_policy_is_applied_and_a_stopped_run_completed(bundle: Bundle, aws: Aws) -> None:
+    iam = aws.client("iam")
+    iam.create_role(RoleName=WORKER, Path=PATH_OF_WORKER, AssumeRolePolicyDocument="{}")
+    other = {"Version": "2012-10-17", "Statement": {"Effect": "Allow", "Action": "s3:*", "Resource": "*"}}
+    iam.put_role_policy(RoleName=WORKER, PolicyName="worker", PolicyDocument=json.dumps(other))
+    ran = bundle.run_function("ensure_profile; ensure_profile; echo $PROFILE")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert [line.split(maxsplit=2)[2] for line in ran.stdout.splitlines()[:2]] == ["updated", "already there"]
+    found = aws.everything("pro")
+    printed = bundle.run("create_env.sh", "--print-policy", "worker", "pro").stdout
+    assert found["roles"][0]["Policies"] == [json.loads(printed)]
+    assert found["profiles"][0]["Roles"][0]["RoleName"] == WORKER
+
+
+def test_a_role_of_another_region_is_refused(bundle: Bundle, aws: Aws) -> None:
+    path = "/simple-comfy/eu-central-1/pro/"
+    aws.client("iam").create_role(RoleName=WORKER, Path=path, AssumeRolePolicyDocument="{}")
+    ran = bundle.run_function("ensure_profile")
+    assert ran.returncode == 1
+    assert f"the role {WORKER} is not this environment's (its path is {path}, not {PATH_OF_WORKER})" in ran.stderr
+
+
+def test_another_profile_can_be_named(bundle: Bundle, aws: Aws) -> None:
+    bundle.set(INSTANCE_PROFILE="company")
+    ran = bundle.run_function("ensure_profile")
+    assert ran.returncode == 1
+    assert f"cannot use the instance profile company, see INSTANCE_PROFILE in {bundle.env_file}" in ran.stderr
+    aws.client("iam").create_instance_profile(InstanceProfileName="company")
+    ran = bundle.run_function("ensure_profile; echo $PROFILE")
+    assert (ran.returncode, ran.stdout.splitlines()[-1]) == (0, "company")
+    assert "roles" not in aws.everything("pro")
 
 
 # --- Names ---------------------------------------------------------------------------------------------------
@@ -961,10 +1071,34 @@ def test_us_east_1_needs_no_location(bundle: Bundle, aws: Aws) -> None:
 
 def test_a_bucket_with_files_of_unknown_origin_is_used_but_not_claimed(bundle: Bundle, aws: Aws) -> None:
     aws.make_bucket(BUCKET, files=("company.txt",))
-    ran = bundle.run_function("claim_bucket None")
+    aws.make_bucket(BASE_BUCKET, files=())
+    before = aws.everything("pro")
+    ran = bundle.run_function("ensure_bucket no")
     assert (ran.returncode, ran.stderr) == (0, "")
     assert "delete_env.sh will leave it alone" in ran.stdout
     assert bundle.run_function("bucket_owner").stdout == "None"
+    assert aws.everything("pro") == before, "its settings are somebody else's"
+
+
+def test_what_somebody_has_set_on_our_bucket_stays(bundle: Bundle, aws: Aws) -> None:
+    s3 = aws.client("s3")
+    aws.make_bucket(BASE_BUCKET, files=())
+    aws.make_bucket(BUCKET, tag="pro", files=())
+    rule = {"ID": "theirs", "Status": "Enabled", "Filter": {"Prefix": "output/"}, "Expiration": {"Days": 30}}
+    s3.put_bucket_lifecycle_configuration(Bucket=BUCKET, LifecycleConfiguration={"Rules": [rule]})
+    queue = {"QueueArn": f"arn:aws:sqs:{REGION}:{ACCOUNT_ID}:any", "Events": ["s3:ObjectCreated:*"]}
+    aws.client("sqs").create_queue(QueueName="any")
+    s3.put_bucket_notification_configuration(
+        Bucket=BUCKET, NotificationConfiguration={"QueueConfigurations": [queue]}
+    )
+    ran = bundle.run_function("ensure_bucket no; ensure_bucket no")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    states = [line.split(maxsplit=2)[2] for line in ran.stdout.splitlines() if line.startswith("bucket")]
+    assert states == ["updated", "already there"]
+    found = aws.everything("pro")
+    assert found["bucket events"] == {"QueueConfigurations", "EventBridgeConfiguration"}
+    assert [rule["ID"] for rule in found["bucket lifecycle"]] == ["theirs"]
+    check_only_tls(found["bucket policy"], [f"arn:aws:s3:::{BUCKET}", f"arn:aws:s3:::{BUCKET}/*"])
 
 
 def test_an_empty_bucket_is_claimed(bundle: Bundle, aws: Aws) -> None:
@@ -1037,7 +1171,7 @@ def test_a_queue_name_is_not_waited_for_without_end(bundle: Bundle) -> None:
 
 FACTS = (
     "find_images; IMAGE={image} IMAGE_STATE=pending SUBNETS={subnet} "
-    "SECURITY_GROUPS=None PROFILE=None KEY_NAME=None PARTITION=aws; "
+    "SECURITY_GROUPS=None PROFILE=any KEY_NAME=None PARTITION=aws; "
 )
 
 
@@ -1053,6 +1187,19 @@ def test_a_group_waits_for_the_image_when_it_must(bundle: Bundle, aws: Aws, min_
     assert "waiting until it can be used" in ran.stdout
     assert (f"it costs {min_instances} instances day and night" in ran.stdout) == (min_instances != "0")
     assert aws.everything("pro")["groups"][0]["DesiredCapacity"] == int(min_instances)
+
+
+@pytest.mark.parametrize("limit", ["60", "0"])
+def test_a_new_instance_profile_is_waited_for(bundle: Bundle, aws: Aws, limit: str) -> None:
+    base = aws.make_base(files=False)
+    image = aws.client("ec2").create_image(InstanceId=base.instance_id, Name="image")["ImageId"]
+    facts = FACTS.format(image=image, subnet=base.private[0]).replace("pending", "available")
+    words = "ValidationError) Value (any) for parameter iamInstanceProfile.name is invalid. Invalid IAM Instance Profile name"
+    path = bundle.break_call("autoscaling create-auto-scaling-group", words, times=2)
+    shell = facts + "check_fleet_settings; ensure_template; ensure_group"
+    ran = bundle.run_function(shell, PATH=path, PROFILE_WAIT_SECONDS=limit)
+    assert ran.returncode == (limit == "0"), ran.stderr
+    assert ("groups" in aws.everything("pro")) == (limit != "0")
 
 
 def test_a_smaller_maximum_never_lowers_what_is_wanted(bundle: Bundle, aws: Aws) -> None:

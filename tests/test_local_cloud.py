@@ -5,16 +5,21 @@ from __future__ import annotations
 import copy
 import json
 import re
+import shutil
+import subprocess
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import boto3
 import pytest
 from aws_fixtures import Aws, Bundle
-from conftest import await_that, group_of
-from local_cloud import LocalCloud, alarm_state, metric_math
+from botocore.exceptions import ClientError
+from conftest import ROOT, await_that, group_of
+from local_cloud import ACCOUNT_ID, REGION, LocalCloud, alarm_state, metric_math
+from local_iam import Access, is_allowed
 
 NO_CAPACITY = (
     "We currently do not have sufficient g5.2xlarge capacity in the Availability Zone you requested (us-west-2a). "
@@ -419,3 +424,136 @@ def test_the_watching_alarms_ring_on_a_running_fleet(
     await_that("they are quiet again", lambda: states() == quiet)
     assert "is not evaluated" not in caplog.text
     fleet.cloudwatch.delete_alarms(AlarmNames=[f"{fleet.name}-{name}" for name in net["alarms"]])
+
+
+# --- Permissions ---------------------------------------------------------------------------------------------
+
+POLICY = {
+    "Version": "2012-10-17",
+    "Statement": [
+        {"Effect": "Allow", "Action": ["sqs:Get*", "sqs:SendMessage"], "Resource": "arn:aws:sqs:*:*:mine-*"},
+        {
+            "Effect": "Allow",
+            "Action": "ec2:TerminateInstances",
+            "Resource": "*",
+            "Condition": {"StringEquals": {"aws:ResourceTag/comfy-env": ["pro", "test"]}},
+        },
+        {"Effect": "Allow", "Action": "ec2:RunInstances", "Resource": "*",
+         "Condition": {"ArnLike": {"ec2:LaunchTemplate": "arn:aws:ec2:*:*:launch-template/*"}}},
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("access", "allowed"),
+    [
+        (Access("sqs:SendMessage", "arn:aws:sqs:us-west-2:1:mine-queue"), True),
+        (Access("sqs:GetQueueUrl", "arn:aws:sqs:us-west-2:1:mine-queue"), True),
+        (Access("sqs:SendMessage", "arn:aws:sqs:us-west-2:1:yours"), False),
+        (Access("sqs:DeleteMessage", "arn:aws:sqs:us-west-2:1:mine-queue"), False),
+        (Access("ec2:TerminateInstances", "i", {"aws:ResourceTag/comfy-env": "test"}), True),
+        (Access("ec2:TerminateInstances", "i", {"aws:ResourceTag/comfy-env": "base"}), False),
+        (Access("ec2:TerminateInstances", "i"), False),
+        (Access("ec2:RunInstances", "i", {"ec2:LaunchTemplate": "arn:aws:ec2:r:1:launch-template/lt-1"}), True),
+        (Access("ec2:RunInstances", "i"), False),
+    ],
+)
+def test_a_policy_allows_what_it_says_and_nothing_else(access: Access, allowed: bool) -> None:
+    assert is_allowed([POLICY], access) == allowed
+    assert not is_allowed([], access)
+
+
+@pytest.mark.parametrize("strange", [{"Effect": "Deny"}, {"NotAction": "x"}, {"Condition": {"Bool": {"a": "true"}}}])
+def test_a_policy_that_is_not_understood_is_not_judged(strange: dict[str, object]) -> None:
+    statement = {"Effect": "Allow", "Action": "*", "Resource": "*"} | strange
+    with pytest.raises(ValueError, match="not understood"):
+        is_allowed([{"Statement": statement}], Access("sqs:SendMessage", "q"))
+
+
+def printed_policy(who: str, folder: Path) -> str:
+    """What create_env.sh --print-policy says, for environment pro of the settings in env.example."""
+    for name in ("create_env.sh", "env.example"):
+        shutil.copy2(ROOT / name, folder / name.replace("env.example", "env"))
+    command = [folder / "create_env.sh", "--print-policy", who, "pro"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+PRO = f"simple-comfy-{ACCOUNT_ID}-{REGION}-pro"
+CALLS_OF_A_WORKER: list[tuple[str, str, dict[str, Any]]] = [
+    ("sqs", "receive_message", {"QueueUrl": "simple-comfy-pro-queue"}),
+    ("s3", "get_object", {"Bucket": PRO, "Key": "models/m"}),
+    ("s3", "put_object", {"Bucket": PRO, "Key": "output/job/result.json"}),
+    ("s3", "list_objects_v2", {"Bucket": PRO}),
+    ("cloudwatch", "put_metric_data", {"Namespace": "simple-comfy/pro", "MetricData": []}),
+    ("autoscaling", "describe_auto_scaling_groups", {}),
+]
+CALLS_OF_NO_WORKER: list[tuple[str, str, dict[str, Any]]] = [
+    ("sqs", "receive_message", {"QueueUrl": "simple-comfy-test-queue"}),
+    ("sqs", "send_message", {"QueueUrl": "simple-comfy-pro-queue", "MessageBody": "x"}),
+    ("s3", "get_object", {"Bucket": PRO.replace("-pro", "-test"), "Key": "models/m"}),
+    ("s3", "put_object", {"Bucket": PRO, "Key": "models/m"}),
+    ("s3", "delete_object", {"Bucket": PRO, "Key": "output/job/result.json"}),
+    ("s3", "delete_objects", {"Bucket": PRO, "Delete": {"Objects": [{"Key": "output/a"}]}}),
+    ("s3", "list_buckets", {}),
+    ("cloudwatch", "put_metric_data", {"Namespace": "simple-comfy/test", "MetricData": []}),
+    ("autoscaling", "set_desired_capacity", {"AutoScalingGroupName": "simple-comfy-test-asg", "DesiredCapacity": 1}),
+    ("autoscaling", "delete_auto_scaling_group", {"AutoScalingGroupName": "simple-comfy-pro-asg"}),
+    ("ec2", "terminate_instances", {"InstanceIds": ["i-0123456789abcdef0"]}),
+    ("iam", "create_role", {"RoleName": "any", "AssumeRolePolicyDocument": "{}"}),
+]
+
+
+def test_an_instance_may_do_its_work_in_its_environment_only(cloud: LocalCloud, tmp_path: Path) -> None:
+    cloud.allow_only("a-worker", printed_policy("worker", tmp_path))
+
+    def is_refused(service: str, operation: str, arguments: dict[str, Any]) -> bool:
+        try:
+            getattr(as_caller(cloud, "a-worker", service), operation)(**arguments)
+        except ClientError as error:
+            return error.response["Error"]["Code"] in ("AccessDenied", "UnauthorizedOperation")
+        return False
+
+    before = len(cloud.denied)
+    assert [call for call in CALLS_OF_A_WORKER if is_refused(*call)] == []
+    assert len(cloud.denied) == before
+    assert [call for call in CALLS_OF_NO_WORKER if not is_refused(*call)] == []
+    assert len(cloud.denied) == before + len(CALLS_OF_NO_WORKER)
+    del cloud.denied[before:]
+
+
+def as_caller(cloud: LocalCloud, access_key: str, service: str) -> Any:
+    return boto3.client(
+        service,
+        endpoint_url=cloud.endpoint,
+        region_name=REGION,
+        aws_access_key_id=access_key,
+        aws_secret_access_key="local",
+    )
+
+
+def test_an_instance_has_what_the_role_of_its_launch_template_has(quick_cloud: LocalCloud) -> None:
+    fleet, iam = Fleet(quick_cloud), quick_cloud.client("iam")
+    ec2 = quick_cloud.client("ec2")
+    profile = f"profile-of-{fleet.name}"
+    iam.create_role(RoleName=profile, AssumeRolePolicyDocument="{}")
+    iam.create_instance_profile(InstanceProfileName=profile)
+    iam.add_role_to_instance_profile(InstanceProfileName=profile, RoleName=profile)
+    data = ec2.describe_launch_template_versions(LaunchTemplateName=fleet.name)["LaunchTemplateVersions"][0]
+    ec2.create_launch_template_version(
+        LaunchTemplateName=fleet.name,
+        LaunchTemplateData=data["LaunchTemplateData"] | {"IamInstanceProfile": {"Name": profile}},
+    )
+    ec2.modify_launch_template(LaunchTemplateName=fleet.name, DefaultVersion="2")
+    update = fleet.autoscaling.update_auto_scaling_group
+    update(AutoScalingGroupName=fleet.name, MinSize=1)
+    (instance,) = group_of(quick_cloud, fleet.name)["Instances"]
+    machine = await_that("it has booted", lambda: quick_cloud.machines.get(instance["InstanceId"]))
+    credentials = json.loads(machine.metadata["iam/security-credentials/comfy"])
+
+    sqs, before = as_caller(quick_cloud, credentials["AccessKeyId"], "sqs"), len(quick_cloud.denied)
+    with pytest.raises(ClientError, match="is not authorized to perform: sqs:ListQueues"):
+        sqs.list_queues()
+    assert len(quick_cloud.denied) == before + 1
+    policy = {"Version": "2012-10-17", "Statement": {"Effect": "Allow", "Action": "sqs:List*", "Resource": "*"}}
+    iam.put_role_policy(RoleName=profile, PolicyName="worker", PolicyDocument=json.dumps(policy))
+    sqs.list_queues()
