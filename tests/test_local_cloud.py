@@ -164,7 +164,10 @@ def test_an_operator_that_lowers_takes_no_protected_instance(quick_cloud: LocalC
     assert instances.pop(protected)["LifecycleState"] == "InService"
     (taken,) = instances.values()
     assert taken["LifecycleState"] == "Terminating:Wait", "through the hook, not gone at once"
-    refused, ending = fleet.activities()[:2]
+    refused, *others = fleet.activities()
+    ending = next(
+        activity for activity in others if activity["StatusCode"] != "Cancelled"
+    )  # it is refused anew each minute
     assert refused["StatusCode"] == "Cancelled"
     assert refused["StatusMessage"].endswith("all remaining instances are protected from scale-in.")
     assert (ending["StatusCode"], "EndTime" in ending) == ("MidLifecycleAction", False)
@@ -421,7 +424,8 @@ def test_the_watching_alarms_ring_on_a_running_fleet(
     await_that("they ring", lambda: states() == ringing)
     fleet.cloud.launch_failure = None
     fleet.sqs.purge_queue(QueueUrl=dead)
-    await_that("they are quiet again", lambda: states() == quiet)
+    # But for idle-hour, if this machine is so slow that an hour of short minutes has passed.
+    await_that("they are quiet again", lambda: states() | {"idle-hour": "OK"} == quiet)
     assert "is not evaluated" not in caplog.text
     fleet.cloudwatch.delete_alarms(AlarmNames=[f"{fleet.name}-{name}" for name in net["alarms"]])
 
