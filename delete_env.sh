@@ -136,8 +136,8 @@ look_at_queues() {
     fi
   done
   for url in $urls; do
-    # Those found by their tags have other names perhaps.
-    [[ $url == */"$SQS_NAME" || $url == */"$DLQ_NAME" || $1 == *:"${url##*/}"* ]] || continue
+    # Not one whose name only begins like ours; those found by their tags may have any name.
+    [[ $url == */"$SQS_NAME" || $url == */"$DLQ_NAME" || "$1 " == *:"${url##*/}"[[:space:]]* ]] || continue
     if owner=$(aws sqs list-queue-tags --queue-url "$url" --query 'Tags."comfy-env"' --output text 2>&1); then
       printf 'queue\t%s\t%s\n' "$url" "${owner##*$'\n'}"
     # One that was deleted a moment ago may still be listed.

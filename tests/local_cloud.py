@@ -482,6 +482,8 @@ class LocalCloud:
         refusal = self._refuse_without_permission(who, service, action, environ, body, parameters)
         if refusal is not None:
             return self._answer_fault(refusal, start_response, service, json_protocol=bool(target))
+        if service == "s3" and action == "GET" and environ["QUERY_STRING"] == "notification":
+            return self._answer_notifications(environ, start_response)
         handler = getattr(self, f"_on_{service}_{action}", None)
         if handler is None:
             if target == "AmazonSQS.ReceiveMessage":
@@ -490,10 +492,7 @@ class LocalCloud:
             # Moto's SQS loses messages and its S3 overwrites objects when two calls come at the same moment.
             lock = self._sqs_lock if service == "sqs" else self._s3_lock if "HTTP_IF_NONE_MATCH" in environ else None
             with lock or nullcontext():
-                answer = b"".join(self._moto(environ, start_response))
-            if service == "s3" and action == "GET" and environ.get("QUERY_STRING") == "notification":
-                answer = self._with_event_bridge(environ["PATH_INFO"].strip("/"), answer)
-            return [answer]
+                return [b"".join(self._moto(environ, start_response))]
 
         motos_start: list[Any] = []
 
@@ -547,14 +546,21 @@ class LocalCloud:
         logger.warning(message)
         return Fault(403, "UnauthorizedOperation" if service == "ec2" else "AccessDenied", message=message)
 
-    def _with_event_bridge(self, bucket_name: str, answer: bytes) -> bytes:
+    def _answer_notifications(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         """What moto keeps but does not tell: that the bucket's events go to EventBridge."""
-        bucket = get_backend("s3")[ACCOUNT_ID]["aws"].buckets.get(bucket_name)
+        start: list[Any] = []
+        answer = b"".join(self._moto(environ, lambda *values: start.extend(values)))
+        bucket = get_backend("s3")[ACCOUNT_ID]["aws"].buckets.get(environ["PATH_INFO"].strip("/"))
         configuration = bucket.notification_configuration if bucket else None
-        if configuration is None or configuration.event_bridge is None:
-            return answer
-        end = b"</NotificationConfiguration>"
-        return answer.replace(end, b"<EventBridgeConfiguration/>" + end)
+        if configuration is not None and configuration.event_bridge is not None:
+            name = b"NotificationConfiguration"
+            inside = b"<EventBridgeConfiguration/></" + name + b">"
+            answer = re.sub(
+                rb"/>$|</" + name + rb">$", lambda end: (b">" if end[0] == b"/>" else b"") + inside, answer
+            )
+        headers = [(key, value) for key, value in start[1] if key.lower() != "content-length"]
+        start_response(start[0], [*headers, ("Content-Length", str(len(answer)))])
+        return [answer]
 
     def _await_message(self, call: dict[str, Any], caller: socket.socket) -> bytes:
         """Poll here for as long as the caller polls, so that moto, which is locked meanwhile, need not."""

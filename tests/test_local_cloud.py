@@ -478,8 +478,8 @@ def printed_policy(who: str, folder: Path) -> str:
     """What create_env.sh --print-policy says, for environment pro of the settings in env.example."""
     for name in ("create_env.sh", "env.example"):
         shutil.copy2(ROOT / name, folder / name.replace("env.example", "env"))
-    command = [folder / "create_env.sh", "--print-policy", who, "pro"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    command = [str(folder / "create_env.sh"), "--print-policy", who, "pro"]
+    return str(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
 PRO = f"simple-comfy-{ACCOUNT_ID}-{REGION}-pro"
