@@ -113,6 +113,8 @@ TURN_LIMIT_S = 240
 """A lane that has not turned for so long hangs; systemd's WatchdogSec must be longer."""
 RECEIVE_LIMIT_S = 43_200
 """SQS holds a received message for 12 hours at most, however often its visibility is extended."""
+COMFY_BACK_S = 60
+"""So long a job that ComfyUI had not started when it died is kept; then it is for another instance."""
 COMFY_FAILURES_LIMIT = 2
 """After so many failures of ComfyUI in a row the instance is declared Unhealthy."""
 AWS_PATIENCE_S = 600
@@ -572,7 +574,14 @@ class Worker:
         progress = Progress(workflow, job.id, self.instance_id)
         try:
             with self.running_job(job.id, lease, alone=False):
-                began_at, finished = self.run_workflow(job, workflow, progress, lease)
+                try:
+                    began_at, finished = self.run_workflow(job, workflow, progress, lease)
+                except NeverStartedError:
+                    # It stood behind another, which may have killed ComfyUI. To give it back would use up an attempt.
+                    if not self.comfyui_comes_back(lease):
+                        raise
+                    logger.info("Job %s had not started: ComfyUI is back, once more", job.id)
+                    began_at, finished = self.run_workflow(job, workflow, progress, lease)
         except WorkflowRefusedError as refused:
             return Ran(now, error=refused.error)
         except JobTimeoutError:
@@ -968,6 +977,18 @@ class Worker:
         if not self.warmed_up:
             self.warm_up()
         return not self.is_leaving()
+
+    def comfyui_comes_back(self, lease: Lease) -> bool:
+        """Wait for a ComfyUI that is gone, with a job in hand that it had not started; False where that takes long."""
+        limit = time.monotonic() + COMFY_BACK_S
+        while not self.comfy.is_ready():
+            if self.should_stop() or self.gives_back(lease):
+                raise JobStoppedError
+            if time.monotonic() > limit:
+                return False
+            time.sleep(0.2)
+        self.answered_at = time.monotonic()
+        return True
 
     def warm_up(self) -> None:
         """Run WARMUP_WORKFLOW once, so that the first job does not pay for loading the models."""

@@ -43,6 +43,8 @@ import local_iam
 from moto.autoscaling.models import InstanceState
 from moto.backends import get_backend
 from moto.core.exceptions import ServiceException
+from moto.ec2.models.launch_templates import LaunchTemplateVersion
+from moto.ec2.utils import parse_user_data
 from moto.iam.access_control import PermissionResult
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, MotoRequestHandler, create_backend_app
 from moto.s3.models import FakeBucket
@@ -1007,7 +1009,14 @@ def version_at_launch(state: Any) -> dict[str, Any] | None:
     return {"LaunchTemplateId": template.id, "LaunchTemplateName": template.name, "Version": version}
 
 
+def user_data_of(version: Any) -> Any:
+    """A template version's user data. Moto takes it apart only for a template's first version, and then fails."""
+    user_data = version.data.get("UserData")
+    return parse_user_data(user_data) if isinstance(user_data, str) else user_data
+
+
 InstanceState.launch_template = property(version_at_launch)  # type: ignore[assignment,method-assign]
+LaunchTemplateVersion.user_data = property(user_data_of)  # type: ignore[assignment,method-assign]
 
 
 def get_service_quota(_: Any, service_code: str, quota_code: str) -> dict[str, Any]:
