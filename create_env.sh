@@ -672,7 +672,7 @@ choose_image() {
   if [[ $ACTION == update && -v STATE_OF[$IN_USE] ]]; then
     IMAGE=$IN_USE
   fi
-  [[ $ACTION != rollback || -n $IMAGE ]] \
+  [[ $ACTION != rollback || (-n $IMAGE && $IN_USE != None) ]] \
     || problem "there is no earlier image of $ENV to go back to: --rebake --keep N keeps more of them"
   IMAGE_STATE=${STATE_OF[${IMAGE:-none}]:-pending}
 }
@@ -688,6 +688,7 @@ ensure_image() {
   fi
   if [[ $ACTION == rollback ]]; then
     mark_image "$ROLLED_BACK" leaving
+    report image "$ROLLED_BACK" "replaced by $IMAGE, the one before"
   fi
   for id in "${IMAGES[@]}"; do
     [[ $ACTION/${MARK_OF[$id]} != update/coming || $id == "$IMAGE" ]] \
