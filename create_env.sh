@@ -978,7 +978,7 @@ choose_image() {
   if [[ $ACTION == update && -v STATE_OF[$IN_USE] ]]; then
     IMAGE=$IN_USE
   fi
-  [[ $ACTION != rollback || -n $IMAGE ]] \
+  [[ $ACTION != rollback || (-n $IMAGE && $IN_USE != None) ]] \
     || problem "there is no earlier image of $ENV to go back to: --rebake --keep N keeps more of them"
   IMAGE_STATE=${STATE_OF[${IMAGE:-none}]:-pending}
 }
@@ -994,6 +994,7 @@ ensure_image() {
   fi
   if [[ $ACTION == rollback ]]; then
     mark_image "$ROLLED_BACK" leaving
+    report image "$ROLLED_BACK" "replaced by $IMAGE, the one before"
   fi
   for id in "${IMAGES[@]}"; do
     [[ $ACTION/${MARK_OF[$id]} != update/coming || $id == "$IMAGE" ]] \
@@ -1613,7 +1614,7 @@ move_data() {
 move_folder() {
   local name=$1 folder=$2
   if [[ -L $folder ]]; then
-    report folder "$folder" "already there: a link to $(readlink "$folder")"
+    report folder "ComfyUI/$name" "already there: a link to $(readlink "$folder")"
     return
   fi
   if [[ -d $folder && -n $(ls -A "$folder") ]]; then
@@ -1629,7 +1630,7 @@ move_folder() {
     # A relative link stays right when the whole folder is moved or copied.
     ln --symbolic --relative "$COMFY_HOME/s3/$name" "$folder"
   fi
-  report folder "$folder" "replaced by a link to s3/$name"
+  report folder "ComfyUI/$name" "replaced by a link to s3/$name"
 }
 
 # check_files FOLDER: that all in it can be read, and has a place in S3.
@@ -1649,7 +1650,7 @@ copy_folder() {
   local -a quietly=(--only-show-errors)
   [[ ! -t 1 ]] || quietly=()
   [[ -f $list ]] || refuse_conflicts "$name" "$folder"
-  report files "$folder" "copying what is new, of $(du -shL "$folder" | cut -f 1) ..."
+  report files "ComfyUI/$name" "copying what is new, of $(du -shL "$folder" | cut -f 1) ..."
   if [[ $DRY_RUN == no ]]; then
     if [[ ! -f $list ]]; then
       list_files "$folder" >"$list.new"
@@ -1730,27 +1731,34 @@ free_disk() {
     fi
   fi
   if [[ $yes == no ]]; then
-    report folder "$COMFY_HOME/ComfyUI/$name.moved" "kept, takes $size: run this again with --yes to remove it"
+    report folder "ComfyUI/$name.moved" "kept, takes $size: run this again with --yes to remove it"
     return
   fi
   [[ $DRY_RUN == yes ]] || rm --recursive --force --one-file-system -- "$moved" "$list"
-  report folder "$COMFY_HOME/ComfyUI/$name.moved" "removed, frees $size"
+  report folder "ComfyUI/$name.moved" "removed, frees $size"
 }
 
 # --- Summary ---------------------------------------------------------------------------------
 
+# say_dry_run: what stands in place of a summary then; fails when the run was no dry one.
+say_dry_run() {
+  [[ $DRY_RUN == yes ]] \
+    && printf '\nThis is what would be done. Nothing was made, changed or removed (--dry-run).\n'
+}
+
 summarise() {
-  [[ $DRY_RUN == no ]] || {
-    printf '\nThis is what would be done. Nothing was made, changed or removed (--dry-run).\n'
-    return
-  }
+  local size
+  if say_dry_run; then return; fi
   printf '\nEnvironment %s is ready: %s wanted now, %s to %s %s as jobs come and go.\n' \
     "$ENV" "$(instances "$INSTANCES")" "$MIN_INSTANCES" "$MAX_INSTANCES" "$(either_type)"
   ((SPOT_PERCENT == 0)) || printf 'Spot instances are %s %% of them.\n' "$SPOT_PERCENT"
   ((WARM_POOL == 0)) \
     || printf 'A warm pool keeps %s stopped and ready, of which the disks are paid for.\n' "$(instances "$WARM_POOL")"
   if ((MIN_INSTANCES == 0)); then
-    printf 'Idle, it costs no instance: only the storage of its files and its image, and one to four USD a month for its alarms and dashboard.\n'
+    size=$(ask_aws "look at the image $IMAGE" ec2 describe-images --image-ids "$IMAGE" \
+      --query "sum((Images[0].BlockDeviceMappings || \`[]\`)[?Ebs.VolumeSize].Ebs.VolumeSize)" --output text)
+    printf 'Idle, it costs no instance: only the storage of its files and its image (%s GB at most), and one to four USD a month for its alarms and dashboard.\n' \
+      "${size%.*}"
   else
     printf 'Idle, it costs %s day and night, because MIN_INSTANCES is %s.\n' "$(instances "$MIN_INSTANCES")" "$MIN_INSTANCES"
   fi
@@ -1840,10 +1848,7 @@ prepare_base() {
   ensure_queues
   ensure_bucket
   [[ $MOVE_DATA == no ]] || move_data "$YES"
-  if [[ $DRY_RUN == yes ]]; then
-    printf '\nThis is what would be done. Nothing was made, changed or removed (--dry-run).\n'
-    return
-  fi
+  if say_dry_run; then return; fi
   printf '\nThe bucket and the queues of the base machine are ready.\n'
   show_links
   printf 'Next: sudo systemctl restart comfyui comfy-manage, and when all works there: ./create_env.sh pro\n'

@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -90,15 +90,36 @@ def make_base_folder(folder: Path) -> None:
         (folder / "ComfyUI").mkdir()
         shutil.copy2(TESTS / "comfyui_standin.py", folder / "ComfyUI/main.py")
         shutil.copy2(TESTS / "recordings.json", folder / "ComfyUI")
+        # A model, and an old output that production does not need.
+        for name, text in {
+            f"models/checkpoints/{CHECKPOINT}": "a stand-in for 2 GB of weights",
+            "input/example.png": "",
+            "output/old.png": "",
+        }.items():
+            (folder / "ComfyUI" / name).parent.mkdir(parents=True)
+            (folder / "ComfyUI" / name).write_text(text)
     (folder / "env").write_text(settings)
 
 
-def fill_base_bucket(s3: Any) -> None:
-    """What the designers' bucket holds: a model, and an old output that production does not need."""
-    s3.create_bucket(Bucket=BASE_BUCKET, CreateBucketConfiguration={"LocationConstraint": REGION})
-    s3.put_object(Bucket=BASE_BUCKET, Key=f"models/checkpoints/{CHECKPOINT}", Body=b"a stand-in for 2 GB of weights")
-    s3.put_object(Bucket=BASE_BUCKET, Key="input/example.png", Body=b"")
-    s3.put_object(Bucket=BASE_BUCKET, Key="output/old.png", Body=b"")
+def start_comfyui(machine: Machine) -> None:
+    """Start the base machine's ComfyUI as its service does, and wait until it answers. It ends with the cloud."""
+    (machine.side / "cloud-init.done").touch()  # it has booted long ago
+    with (machine.side / "comfyui.log").open("wb") as log:
+        machine.services["comfyui"] = subprocess.Popen(
+            ["./start_service.sh", "comfyui"],
+            cwd=machine.folder,
+            env=machine.environment(),
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+    def answers() -> bool:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", machine.comfy_port), 5):
+            return True
+        return False
+
+    await_that("the base machine's ComfyUI answers", answers)
 
 
 def run_on_base(folder: Path, environment: dict[str, str], *command: str) -> list[str]:
@@ -117,11 +138,13 @@ def run_on_base(folder: Path, environment: dict[str, str], *command: str) -> lis
     return lines
 
 
-def with_permissions_of(cloud: LocalCloud, who: str, base: Path, environment: dict[str, str]) -> dict[str, str]:
-    """The environment of one who may do on environment pro what create_env.sh --print-policy says, and no more."""
-    command = ["./create_env.sh", "--print-policy", who, "pro"]
+def with_permissions_of(
+    cloud: LocalCloud, who: str, name: str, base: Path, environment: dict[str, str]
+) -> dict[str, str]:
+    """The environment of one who may do on environment `name` what create_env.sh --print-policy says, and no more."""
+    command = ["./create_env.sh", "--print-policy", who, name]
     policy = subprocess.run(command, cwd=base, env=environment, capture_output=True, text=True, check=True).stdout
-    return environment | cloud.allow_only(who, policy)
+    return environment | cloud.allow_only(f"{who}-{name}", policy)
 
 
 def watch_jobs(cloud: LocalCloud, job_ids: list[str]) -> dict[str, dict[str, Any]]:
@@ -228,7 +251,7 @@ def what_is_left(cloud: LocalCloud, fleet: list[str]) -> list[str]:
     left += [t["LaunchTemplateName"] for t in ec2.describe_launch_templates()["LaunchTemplates"]]
     left += [i["ImageId"] for i in ec2.describe_images(Owners=["self"])["Images"]]
     left += [s["SnapshotId"] for s in ec2.describe_snapshots(OwnerIds=["self"])["Snapshots"] if s.get("Tags")]
-    left += cloud.client("sqs").list_queues().get("QueueUrls", [])
+    left += [url for url in cloud.client("sqs").list_queues().get("QueueUrls", []) if "-base-queue" not in url]
     left += [b["Name"] for b in cloud.client("s3").list_buckets()["Buckets"] if b["Name"] != BASE_BUCKET]
     left += [i for i in fleet if cloud.instance_state(i) != "terminated"]
     iam = cloud.client("iam")
@@ -276,14 +299,16 @@ def tell_story(folder: Path, jobs: int) -> None:
     with LocalCloud(folder / "cloud") as cloud:
         base = folder / "base"
         make_base_folder(base)
-        fill_base_bucket(cloud.client("s3"))
         machine = cloud.make_base(base)
         environment = machine.environment()
-        tell(f"The base machine is {machine.instance_id}; its models lie in s3://{BASE_BUCKET}.")
+        tell(f"The base machine is {machine.instance_id}. ComfyUI works there, with a model on its disk.")
 
         tell("Every call is checked against the policies that ./create_env.sh --print-policy prints.")
-        operator, sender = (with_permissions_of(cloud, who, base, environment) for who in ("operator", "sender"))
+        keeper = with_permissions_of(cloud, "operator", "base", base, environment)
+        operator, sender = (with_permissions_of(cloud, who, "pro", base, environment) for who in ("operator", "sender"))
 
+        run_on_base(base, keeper, "./create_env.sh", "base", "--move-data", "--yes")
+        start_comfyui(machine)
         run_on_base(base, operator, "./create_env.sh", "pro")
         check(
             "the fleet of pro exists and costs nothing: 0 instances",

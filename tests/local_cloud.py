@@ -262,7 +262,8 @@ class LocalCloud:
             iam.create_role(RoleName="comfy", AssumeRolePolicyDocument="{}")
             iam.create_instance_profile(InstanceProfileName="comfy")
             iam.add_role_to_instance_profile(InstanceProfileName="comfy", RoleName="comfy")
-        image = ec2.describe_images(Filters=[{"Name": "architecture", "Values": ["x86_64"]}])["Images"][0]["ImageId"]
+        images = ec2.describe_images(Filters=[{"Name": "architecture", "Values": ["x86_64"]}])["Images"]
+        image = next(image["ImageId"] for image in images if image.get("Platform") != "windows")
         instance_id = ec2.run_instances(
             ImageId=image,
             InstanceType="g5.2xlarge",
