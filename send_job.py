@@ -1124,15 +1124,15 @@ def job_of(message: dict[str, Any]) -> tuple[str, str]:
     """A message's job id, and what kind of job it is."""
     try:
         job = parse_message(message["Body"], message["MessageId"])
-    except InvalidMessageError as error:
-        return error.job_id or message["MessageId"], f"no job ({printable(one_line(error))})"
+    except Exception as error:  # it is dead, so it may be anything
+        return getattr(error, "job_id", None) or message["MessageId"], f"no job ({printable(one_line(error))})"
     return job.id, "command" if job.command is not None else "workflow"
 
 
 def with_its_id(message: dict[str, Any]) -> Message:
     """A message to be sent again. One without a job_id has its message's id written into it, which is its job id."""
     text, message_id = message["Body"], message["MessageId"]
-    with suppress(InvalidMessageError):
+    with suppress(Exception):  # what is no job goes back as it is
         job, body = parse_message(text, message_id), json.loads(text)
         if job.id == message_id and "job_id" not in body:
             body = {"prompt": body} if job.workflow is not None and "prompt" not in body else body
@@ -1257,9 +1257,9 @@ def duration(seconds: float) -> str:
 
 
 def round_time(seconds: float) -> str:
-    """`30 s`, `2 min`, `1.5 h` for a round number of seconds."""
+    """`75 s`, `2 min`, `1.5 h` for a round number of seconds."""
     for size, unit in ((3600, "h"), (60, "min")):
-        if seconds >= size:
+        if seconds >= size and seconds * 2 % size == 0:
             return f"{seconds / size:g} {unit}"
     return f"{seconds:g} s"
 
@@ -1574,8 +1574,9 @@ def draw_bar(job: Ran, span: Span) -> str:
         f"<b>job {job.number}{'' if kind == 'busy' else ' failed'}</b> <code>{plain(job.result['job_id'])}</code>"
         f"{job.times()}"
     )
+    label = f"job {job.number}{'' if kind == 'busy' else ' failed'}, {job.times()}"
     return (
-        f'<a class="bar {kind}{" east" if left > 30 else ""}" href="#job{job.number}" '
+        f'<a class="bar {kind}{" east" if left > 30 else ""}" href="#job{job.number}" aria-label="{label}" '
         f'style="left:{left:.3f}%;width:{span.at(job.finished) - left:.3f}%"><span>{told}</span></a>'
     )
 

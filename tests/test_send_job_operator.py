@@ -56,6 +56,8 @@ def tree(page: str) -> ElementTree.Element:
     doctype, _, rest = page.partition("\n")
     assert doctype == "<!doctype html>"
     root = ElementTree.fromstring(rest)
+    (policy,) = [meta.get("content", "") for meta in root.iter("meta") if meta.get("http-equiv")]
+    assert policy.startswith("default-src 'none'; img-src 'self' data: file:;")
     for element in root.iter():
         assert element.tag != "script"
         for name, value in element.items():
