@@ -1324,7 +1324,7 @@ def run_report(sender: Sender, job_ids: Sequence[str], page: Path, price: float 
             lives = read_lives(s3, autoscaling, settings, list(instances), price)
             write_report(s3, settings.s3_bucket, f"Environment {settings.env}", results, lives, page)
     except Exception as error:
-        print(f"send_job.py: no report: {one_line(error)}", file=sys.stderr)
+        print(f"send_job.py: no report: {refusal(error, 's3')}", file=sys.stderr)
         return 1
     if results:
         print(f"Report of {count(len(results), 'job')}: {page}")
@@ -1352,7 +1352,10 @@ def write_report(
             kind = IMAGE_TYPES.get(Path(output["filename"]).suffix.lower())
             if kind is None or output["type"] != "output":
                 continue
-            body = s3.get_object(Bucket=bucket, Key=output["s3_key"])["Body"].read()
+            try:
+                body = s3.get_object(Bucket=bucket, Key=output["s3_key"])["Body"].read()
+            except s3.exceptions.NoSuchKey:
+                continue  # somebody has tidied up
             if len(body) <= min(EMBEDDED_BYTES, room):
                 room -= len(body)
                 source = f"data:{kind};base64,{b64encode(body).decode()}"
