@@ -1799,15 +1799,15 @@ def job_of(message: dict[str, Any]) -> tuple[str, str]:
     """A message's job id, and what kind of job it is."""
     try:
         job = parse_message(message["Body"], message["MessageId"])
-    except InvalidMessageError as error:
-        return error.job_id or message["MessageId"], f"no job ({printable(one_line(error))})"
+    except Exception as error:  # it is dead, so it may be anything
+        return getattr(error, "job_id", None) or message["MessageId"], f"no job ({printable(one_line(error))})"
     return job.id, "command" if job.command is not None else "workflow"
 
 
 def with_its_id(message: dict[str, Any]) -> Message:
     """A message to be sent again. One without a job_id has its message's id written into it, which is its job id."""
     text, message_id = message["Body"], message["MessageId"]
-    with suppress(InvalidMessageError):
+    with suppress(Exception):  # what is no job goes back as it is
         job, body = parse_message(text, message_id), json.loads(text)
         if job.id == message_id and "job_id" not in body:
             body = {"prompt": body} if job.workflow is not None and "prompt" not in body else body
@@ -1932,9 +1932,9 @@ def duration(seconds: float) -> str:
 
 
 def round_time(seconds: float) -> str:
-    """`30 s`, `2 min`, `1.5 h` for a round number of seconds."""
+    """`75 s`, `2 min`, `1.5 h` for a round number of seconds."""
     for size, unit in ((3600, "h"), (60, "min")):
-        if seconds >= size:
+        if seconds >= size and seconds * 2 % size == 0:
             return f"{seconds / size:g} {unit}"
     return f"{seconds:g} s"
 
@@ -1999,7 +1999,7 @@ def run_report(sender: Sender, job_ids: Sequence[str], page: Path, price: float 
             lives = read_lives(s3, autoscaling, settings, list(instances), price)
             write_report(s3, settings.s3_bucket, f"Environment {settings.env}", results, lives, page)
     except Exception as error:
-        print(f"send_job.py: no report: {one_line(error)}", file=sys.stderr)
+        print(f"send_job.py: no report: {refusal(error, 's3')}", file=sys.stderr)
         return 1
     if results:
         print(f"Report of {count(len(results), 'job')}: {page}")
@@ -2027,7 +2027,10 @@ def write_report(
             kind = IMAGE_TYPES.get(Path(output["filename"]).suffix.lower())
             if kind is None or output["type"] != "output":
                 continue
-            body = s3.get_object(Bucket=bucket, Key=output["s3_key"])["Body"].read()
+            try:
+                body = s3.get_object(Bucket=bucket, Key=output["s3_key"])["Body"].read()
+            except s3.exceptions.NoSuchKey:
+                continue  # somebody has tidied up
             if len(body) <= min(EMBEDDED_BYTES, room):
                 room -= len(body)
                 source = f"data:{kind};base64,{b64encode(body).decode()}"
@@ -2249,8 +2252,9 @@ def draw_bar(job: Ran, span: Span) -> str:
         f"<b>job {job.number}{'' if kind == 'busy' else ' failed'}</b> <code>{plain(job.result['job_id'])}</code>"
         f"{job.times()}"
     )
+    label = f"job {job.number}{'' if kind == 'busy' else ' failed'}, {job.times()}"
     return (
-        f'<a class="bar {kind}{" east" if left > 30 else ""}" href="#job{job.number}" '
+        f'<a class="bar {kind}{" east" if left > 30 else ""}" href="#job{job.number}" aria-label="{label}" '
         f'style="left:{left:.3f}%;width:{span.at(job.finished) - left:.3f}%"><span>{told}</span></a>'
     )
 

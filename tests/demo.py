@@ -194,16 +194,15 @@ class Timeline:
 
 @contextmanager
 def noting_boots(cloud: LocalCloud) -> Iterator[dict[str, float]]:
-    """Note when each instance's ComfyUI begins to answer, in seconds since 1970."""
+    """Note when each instance is ready to work, in seconds since 1970."""
     ready: dict[str, float] = {}
     over = threading.Event()
 
     def look() -> None:
         while not over.wait(0.1):
             for machine in fleet_of(cloud):
-                with socket.socket() as probe:
-                    if machine.instance_id not in ready and probe.connect_ex(("127.0.0.1", machine.comfy_port)) == 0:
-                        ready[machine.instance_id] = time.time()
+                if machine.instance_id not in ready and is_ready(machine):
+                    ready[machine.instance_id] = time.time()
 
     thread = threading.Thread(target=look)
     thread.start()
@@ -212,6 +211,17 @@ def noting_boots(cloud: LocalCloud) -> Iterator[dict[str, float]]:
     finally:
         over.set()
         thread.join()
+
+
+def is_ready(machine: Machine) -> bool:
+    """Whether its worker takes jobs and its ComfyUI answers."""
+    log = machine.side / "comfy-manage.log"
+    with socket.socket() as probe:
+        return (
+            probe.connect_ex(("127.0.0.1", machine.comfy_port)) == 0
+            and log.is_file()
+            and "takes jobs from" in log.read_text()
+        )
 
 
 def fleet_of(cloud: LocalCloud) -> list[Machine]:

@@ -56,6 +56,8 @@ def tree(page: str) -> ElementTree.Element:
     doctype, _, rest = page.partition("\n")
     assert doctype == "<!doctype html>"
     root = ElementTree.fromstring(rest)
+    (policy,) = [meta.get("content", "") for meta in root.iter("meta") if meta.get("http-equiv")]
+    assert policy.startswith("default-src 'none'; img-src 'self' data: file:;")
     for element in root.iter():
         assert element.tag != "script"
         for name, value in element.items():
@@ -260,6 +262,7 @@ def test_large_images_lie_beside_the_page(make_site: Callable[..., Site], monkey
         key = f"output/{result['job_id']}/{number}"
         site.s3.put_object(Bucket=site.bucket, Key=key, Body=body)
         result["outputs"].append({"filename": name, "type": "output", "s3_key": key})
+    result["outputs"].append({"filename": "gone.png", "type": "output", "s3_key": "output/gone.png"})
     monkeypatch.setattr(send_job, "EMBEDDED_BYTES", len(body) - 1)
     page = site.folder / "pages/report.html"
     send_job.write_report(site.s3, site.bucket, "x", [result], {}, page)
