@@ -20,7 +20,7 @@ import shutil
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NotRequired, TypedDict
@@ -139,6 +139,17 @@ def submit_many(
         raise
     sender.raise_capacity(len(sent))
     return sent
+
+
+def upload_input(path: str | Path, *, env: str | None = None) -> str:
+    """Put a file into the bucket's input/ and return the name by which a workflow's LoadImage and the like find it.
+
+    The name has the file's content in it, so that files of the same name do not overwrite each other under waiting
+    jobs, and the same file is uploaded once. Raises OSError and what boto3 raises.
+    """
+    settings, name = load_settings(env), input_name(Path(path))
+    upload_file(aws_client("s3", settings.region), settings.s3_bucket, Path(path), name)
+    return name
 
 
 def wait(
@@ -702,14 +713,15 @@ _nodes_read: dict[str, tuple[float, str, dict[str, Any]]] = {}  # bucket -> when
 
 
 class FleetCheck:
-    """Checks workflows against what is installed on one environment's fleet."""
+    """Checks workflows against what is installed on one environment's fleet; `coming` inputs will be uploaded."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, coming: Collection[str] = ()) -> None:
         self.bucket = settings.s3_bucket
         self.s3 = aws_client("s3", settings.region)
         self.nodes = read_nodes(self.s3, self.bucket)
         """The fleet's /object_info; None where it is not known, and then nothing is found."""
-        self._names: set[str] | None = None
+        self.coming = coming
+        self._models: list[str] | None = None
 
     def check(self, workflow: Workflow) -> list[Problem]:
         """Raise WorkflowProblemsError if ComfyUI would refuse it; return what may go wrong otherwise."""
@@ -720,20 +732,23 @@ class FleetCheck:
         return problems
 
     def may_have(self, file: str) -> bool:
-        """Whether the bucket may have this model or input by now: what is known of the fleet may be old."""
-        name = "/" + re.sub(r" \[\w+\]$", "", file).replace("\\", "/")
+        """Whether the bucket has this input or model by now, or may have it: what is known of the fleet may be old."""
+        name = re.sub(r" \[\w+\]$", "", file).replace("\\", "/")
+        if name in self.coming:
+            return True
         try:
-            if self._names is None:
-                pages = self.s3.get_paginator("list_objects_v2").paginate
-                self._names = {
-                    item["Key"]
-                    for prefix in ("models/", "input/")
-                    for page in pages(Bucket=self.bucket, Prefix=prefix)
-                    for item in page.get("Contents", [])
-                }
+            self.s3.head_object(Bucket=self.bucket, Key=f"input/{name}")
+            return True
+        except Exception as error:
+            if error_code(error) != "404":
+                return True
+        try:
+            if self._models is None:
+                pages = self.s3.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix="models/")
+                self._models = [item["Key"] for page in pages for item in page.get("Contents", [])]
         except Exception:
             return True
-        return any(key.endswith(name) for key in self._names)
+        return any(key.endswith(f"/{name}") for key in self._models)
 
 
 def read_nodes(s3: Any, bucket: str) -> dict[str, Any] | None:
@@ -933,6 +948,30 @@ def warn_of(problems: Sequence[Problem]) -> None:
         warnings.warn(str(problem), stacklevel=3)
 
 
+# --- Inputs ----------------------------------------------------------------------------------------------
+
+
+def input_name(path: Path) -> str:
+    """The name of a file in input/: its own as far as it is plain, and the beginning of its content's SHA-256."""
+    import hashlib
+
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", path.stem)[:80]
+    return f"{stem}-{digest[:16]}{re.sub(r'[^A-Za-z0-9.]', '', path.suffix)}"
+
+
+def upload_file(s3: Any, bucket: str, path: Path, name: str) -> None:
+    """Put a file into the bucket's input/ under its input_name, unless it is there."""
+    key = f"input/{name}"
+    try:
+        s3.head_object(Bucket=bucket, Key=key)
+    except Exception as error:
+        if error_code(error) not in ("404", "403"):  # the latter where only PutObject is allowed
+            raise
+        s3.upload_file(str(path), bucket, key)
+
+
 # --- Workflows -------------------------------------------------------------------------------------------
 
 
@@ -948,11 +987,12 @@ def read_workflow(path: Path) -> Workflow:
         raise InvalidWorkflowError(f"{path} is not JSON ({error}): export it with Save (API Format)") from None
 
 
-def set_input(workflow: Workflow, assignment: str) -> tuple[str, str]:
+def set_input(workflow: Workflow, assignment: str, uploads: dict[str, Path]) -> tuple[str, str]:
     """Apply one NODE.INPUT=VALUE in place and return (node id, input name).
 
     The value takes the type of the one it replaces: text stays text, a number must be a number; a link
-    or a list may be replaced by any JSON. Raises InvalidWorkflowError.
+    or a list may be replaced by any JSON. Instead of text, @FILE is the name of a file that is added to `uploads`,
+    and @@ begins a text with an @. Raises InvalidWorkflowError.
     """
     target, equals, value = assignment.partition("=")
     node_id, dot, name = target.partition(".")
@@ -964,8 +1004,22 @@ def set_input(workflow: Workflow, assignment: str) -> tuple[str, str]:
     if name not in inputs:
         have = ", ".join(inputs) or "none"
         raise InvalidWorkflowError(f"--set {target}: node {node_id} has no input {name}; its inputs are {have}")
-    inputs[name] = _like(inputs[name], value, target)
+    if isinstance(inputs[name], str) and value.startswith("@"):
+        inputs[name] = value[1:] if value.startswith("@@") else _coming_input(value[1:], target, uploads)
+    else:
+        inputs[name] = _like(inputs[name], value, target)
     return node_id, name
+
+
+def _coming_input(file: str, target: str, uploads: dict[str, Path]) -> str:
+    try:
+        name = input_name(Path(file))
+    except OSError as error:
+        raise InvalidWorkflowError(
+            f"--set {target}=@{file}: cannot read it: {error.strerror}; write @@ where the text begins with an @"
+        ) from None
+    uploads[name] = Path(file)
+    return name
 
 
 def _like(old: Any, text: str, target: str) -> Any:
@@ -1224,9 +1278,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("workflow", nargs="?", type=Path, metavar="WORKFLOW.json", help="default: the demo workflow")
     parser.add_argument("--set", dest="assignments", action="append", default=[], metavar="NODE.INPUT=VALUE",
-                        help="change an input, such as 6.text='a red fox'; may be repeated")  # fmt: skip
+                        help="change an input, such as 6.text='a red fox' or 10.image=@photo.png, which uploads the "
+                        "file; may be repeated")  # fmt: skip
     parser.add_argument("--count", type=int, default=1, metavar="N", help="send N jobs, each with a fresh seed")
     parser.add_argument("--env", metavar="NAME", help="the environment, instead of ENV in the settings")
+    parser.add_argument("--input", nargs="+", type=Path, metavar="FILE",
+                        help="send nothing, but upload files to the bucket's input/ and tell their names there")  # fmt: skip
     parser.add_argument("--check", action="store_true",
                         help="send nothing, but say what the fleet's ComfyUI would refuse; exits with 1 then")  # fmt: skip
     parser.add_argument("--no-check", action="store_true", help="send without that check")
@@ -1255,17 +1312,21 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--exec-cmd is empty: name a shell command")
     if parsed.direct and (parsed.wait or parsed.json):
         parser.error("--direct waits by itself and prints text: leave out --wait and --json")
-    if parsed.status and (parsed.workflow or parsed.assignments or parsed.direct or parsed.exec_cmd is not None):
-        parser.error("--status sends nothing: leave out WORKFLOW.json, --set, --exec-cmd and --direct")
+    only = [f"--{name}" for name in ("status", "input", "check") if getattr(parsed, name)]
+    if only and (len(only) > 1 or parsed.direct or parsed.exec_cmd is not None):
+        parser.error(f"{only[0]} sends nothing: leave out --direct and --exec-cmd, and others of its kind")
+    if only and only != ["--check"] and (parsed.workflow or parsed.assignments):
+        parser.error(f"{only[0]} sends nothing: leave out WORKFLOW.json and --set")
+    if only and only != ["--status"] and parsed.wait:
+        parser.error(f"{only[0]} sends nothing to wait for: leave out --wait")
+    if parsed.direct and any(assignment.partition("=")[2][:1] == "@" for assignment in parsed.assignments):
+        parser.error("--direct uploads nothing: name a file in ComfyUI's input folder instead of @FILE")
+    for path in parsed.input or []:
+        if not path.is_file():
+            parser.error(f"--input {path}: there is no such file")
     for job_id in parsed.status or []:
         if not is_job_id(job_id):
             parser.error(f"--status {job_id:.60}: job ids are lowercase UUIDs, as printed when a job is sent")
-    if parsed.check and (
-        parsed.no_check or parsed.wait or parsed.direct or parsed.status or parsed.exec_cmd is not None
-    ):
-        parser.error(
-            "--check only checks a workflow: leave out --no-check, --wait, --direct, --status and --exec-cmd"
-        )
     if parsed.save and not (parsed.wait or parsed.status or parsed.direct):
         parser.error("--save needs results: add --wait")
     if parsed.timeout is not None and not parsed.wait:
@@ -1280,15 +1341,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     2 for bad input, 3 when --timeout was up, 130 when waiting was interrupted."""
     options = parse_arguments(arguments)
     teller = Teller(as_json=options.json)
+    uploads: dict[str, Path] = {}
     try:
-        bodies = [] if options.status else make_bodies(options)
+        bodies = [] if options.status or options.input else make_bodies(options, uploads)
         if options.direct:
             return run_direct(options.direct, [body["prompt"] for body in bodies], options.save or Path("output"))
         sender = Sender(load_settings(options.env))
+        if options.input:
+            return run_upload(sender.settings, {input_name(path): path for path in options.input}, teller)
         if options.check:
-            return run_check(sender.settings, bodies[0]["prompt"], teller)
-        if "prompt" in (bodies or [{}])[0] and not options.no_check:  # they differ in their seeds only
-            for problem in FleetCheck(sender.settings).check(bodies[0]["prompt"]):
+            return run_check(FleetCheck(sender.settings, uploads), bodies[0]["prompt"], sender.settings.env, teller)
+        if bodies and "prompt" in bodies[0] and not options.no_check:  # they differ in their seeds only
+            for problem in FleetCheck(sender.settings, uploads).check(bodies[0]["prompt"]):
                 print(f"send_job.py: {problem}", file=sys.stderr)
     except WorkflowProblemsError as error:
         print(f"send_job.py: this workflow cannot run on {sender.settings.env}, and was not sent:", file=sys.stderr)
@@ -1299,6 +1363,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except (ComfyGoneError, JobTimeoutError) as error:
         print(f"send_job.py: {error}", file=sys.stderr)
+        return 1
+    if uploads and run_upload(sender.settings, uploads, teller):
         return 1
     if options.status and not options.wait:
         try:
@@ -1312,13 +1378,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return code
 
 
-def run_check(settings: Settings, workflow: Workflow, teller: Teller) -> int:
+def run_upload(settings: Settings, uploads: dict[str, Path], teller: Teller) -> int:
+    """Put files into the bucket's input/ and tell their names there; returns the exit code."""
+    s3 = aws_client("s3", settings.region)
+    for name, path in uploads.items():
+        try:
+            upload_file(s3, settings.s3_bucket, path, name)
+        except Exception as error:
+            print(
+                f"send_job.py: {path} cannot be uploaded to {settings.s3_bucket}: {one_line(error)}", file=sys.stderr
+            )
+            return 1
+        teller.event("uploaded", f"Uploaded {path} as {name}", path=str(path), name=name)
+    return 0
+
+
+def run_check(fleet: FleetCheck, workflow: Workflow, env: str, teller: Teller) -> int:
     """Say what is wrong with a workflow; returns 1 when the fleet's ComfyUI would refuse it."""
-    fleet = FleetCheck(settings)
     if fleet.nodes is None:
-        teller.line(
-            f"Its format is right; what {settings.env} has installed is not known: {NODES_KEY} cannot be read"
-        )
+        teller.line(f"Its format is right; what {env} has installed is not known: {NODES_KEY} cannot be read")
         return 0
     try:
         problems, code = fleet.check(workflow), 0
@@ -1326,7 +1404,7 @@ def run_check(settings: Settings, workflow: Workflow, teller: Teller) -> int:
         problems, code = list(error.problems), 1
     for problem in problems:
         teller.event("problem", f"{'' if problem.certain else 'Perhaps: '}{problem}", **problem._asdict())
-    teller.line(f"{settings.env} would refuse this workflow" if code else f"{settings.env} can run this workflow")
+    teller.line(f"{env} would refuse this workflow" if code else f"{env} can run this workflow")
     return code
 
 
@@ -1353,12 +1431,12 @@ def run_send(
     return job_ids, 0 if len(job_ids) == len(bodies) else 1
 
 
-def make_bodies(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The message bodies the command line asks for, all checked before the first is sent."""
+def make_bodies(options: argparse.Namespace, uploads: dict[str, Path]) -> list[dict[str, Any]]:
+    """The message bodies the command line asks for, all checked before the first is sent; fills `uploads`."""
     if options.exec_cmd is not None:
         return [{"exec_cmd": options.exec_cmd}] * options.count
     workflow = read_workflow(options.workflow or DEMO_WORKFLOW)
-    chosen = {set_input(workflow, assignment) for assignment in options.assignments}
+    chosen = {set_input(workflow, assignment, uploads) for assignment in options.assignments}
     # A workflow of one's own, sent once, keeps the seed it was saved with.
     if options.workflow and options.count == 1:
         return [{"prompt": workflow}]
