@@ -917,15 +917,12 @@ def _read_json(s3: Any, bucket: str, key: str) -> Any:
 
 
 def download_files(s3: Any, bucket: str, result: JobResult, folder: Path) -> list[Path]:
-    """Save the files of a job, several at once, in `folder`/<job_id>/."""
-    from concurrent.futures import ThreadPoolExecutor
-
+    """Save the files of a job in `folder`/<job_id>/; boto3 fetches the parts of a large one at the same time."""
     keys = [output["s3_key"] for output in result["outputs"]]
     targets = [folder.joinpath(*local_parts(key)) for key in keys]
-    for target in targets:
+    for key, target in zip(keys, targets, strict=True):
         target.parent.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-        list(pool.map(partial(s3.download_file, bucket), keys, map(str, targets)))
+        s3.download_file(bucket, key, str(target))
     return targets
 
 

@@ -554,6 +554,22 @@ def test_on_a_terminal_one_line_changes(make_site: Callable[..., Site]) -> None:
         os.close(controller)
 
 
+def test_many_jobs_are_one_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    sender: Any = types.SimpleNamespace(settings=types.SimpleNamespace(s3_bucket="bucket"))
+    waiting = send_job.Waiting(sender, None, ["a", "b", "c", "d"], send_job.Teller())
+    assert waiting.line_of_many() == "[░░░░░░░░░░░░░░░░░░░░] 0 of 4 jobs done"
+    waiting.fleet.depth = QueueDepth(1, 2)
+    waiting.fleet.said = {"queue": "On the queue: 1 waiting, 2 running", "group": None}
+    done: Any = receipt("a")  # 12.34 s
+    waiting.take(done)
+    waiting.take(done | {"job_id": "b", "status": "failed", "error": {"message": "no"}})
+    bar = "[██████████░░░░░░░░░░] 2 of 4 jobs done, 1 failed, about 12 s left. On the queue: 1 waiting, 2 running"
+    assert waiting.line_of_many() == bar
+    waiting.fleet.said["group"] = "1 instance is booting"
+    assert waiting.line_of_many() == f"{bar}. 1 instance is booting"
+    assert capsys.readouterr().out.endswith("Job b failed: no\n")
+
+
 # --- Many at once ----------------------------------------------------------------------------------------
 
 
