@@ -22,7 +22,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NotRequired, TypedDict
 
@@ -637,8 +636,7 @@ class Teller:
     def change(self, text: str) -> None:
         """Let the line that changes be this; without one nothing happens."""
         if self.live:
-            width = shutil.get_terminal_size().columns - 1
-            print(f"\r\x1b[K{text[:width]}", end="", flush=True)
+            print(f"\r\x1b[K{cut(text, shutil.get_terminal_size().columns - 1)}", end="", flush=True)
 
 
 class Waiting:
@@ -1062,6 +1060,17 @@ def fleet_news(autoscaling: Any, asg_name: str) -> str | None:
     if booting:
         return f"{count(booting, 'instance')} {'is' if booting == 1 else 'are'} booting{unseen}"
     return f"{count(missing, 'instance')} {'is' if missing == 1 else 'are'} asked of AWS{unseen}"
+
+
+def cut(text: str, columns: int) -> str:
+    """As much of the beginning as fits; Chinese characters, as in titles of nodes, take two columns."""
+    from unicodedata import east_asian_width
+
+    for place, character in enumerate(text):
+        columns -= 2 if east_asian_width(character) in "WF" else 1
+        if columns < 0:
+            return text[:place]
+    return text
 
 
 def count(number: int, thing: str) -> str:

@@ -570,6 +570,13 @@ def test_many_jobs_are_one_bar(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.endswith("Job b failed: no\n")
 
 
+@pytest.mark.parametrize(
+    ("text", "columns", "fits"), [("abc", 3, "abc"), ("abcd", 3, "abc"), ("K采样器", 4, "K采"), ("", 0, "")]
+)
+def test_the_line_that_changes_fits_the_terminal(text: str, columns: int, fits: str) -> None:
+    assert send_job.cut(text, columns) == fits
+
+
 # --- Many at once ----------------------------------------------------------------------------------------
 
 
@@ -941,10 +948,12 @@ def test_submit_refuses_what_the_fleet_would(
     assert len(bodies(sender_site)) == 4
 
     monkeypatch.setattr(send_job, "NODES_AGE_S", 0)
+    read = send_job._nodes_read[sender_site.bucket][2]
     calls: list[str] = []
     monkeypatch.setattr(cloud, "fault", lambda _, operation: calls.append(operation))
     with pytest.raises(send_job.WorkflowProblemsError):  # it is known still, by its ETag
         send_job.submit(image_workflow(more={"10": {"class_type": "New", "inputs": {}}}))
+    assert send_job._nodes_read[sender_site.bucket][2] is read
     store_nodes(sender_site, object_info() | {"New": {"input": {}, "output": []}})
     send_job.submit(image_workflow(more={"10": {"class_type": "New", "inputs": {}}}))
     assert calls.count("GET") == 2
