@@ -356,6 +356,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ComfyGoneError, JobTimeoutError) as error:
         print(f"send_job.py: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        print(f"send_job.py: cannot read {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     if uploads and run_upload(sender.settings, uploads, teller):
         return 1
     if options.status and not options.wait:
@@ -422,7 +425,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"{only[0]} sends nothing: leave out WORKFLOW.json and --set")
     if only and only != ["--status"] and parsed.wait:
         parser.error(f"{only[0]} sends nothing to wait for: leave out --wait")
-    if parsed.direct and any(assignment.partition("=")[2][:1] == "@" for assignment in parsed.assignments):
+    if parsed.direct and any(re.match("[^=]*=@(?!@)", assignment) for assignment in parsed.assignments):
         parser.error("--direct uploads nothing: name a file in ComfyUI's input folder instead of @FILE")
     for path in parsed.input or []:
         if not path.is_file():
@@ -797,7 +800,12 @@ class Sender:
                 f"job_id {job_id!r:.60} is no lowercase UUID: leave it out or use str(uuid.uuid4())"
             )
         extras = {"job_id": job_id} | ({"callback_url": callback_url} if callback_url else {})
-        text = json.dumps(body | extras, ensure_ascii=False)
+        try:
+            text = json.dumps(body | extras, ensure_ascii=False, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise InvalidMessageError(
+                f"the job cannot be written as JSON ({error}): use text, lists, dicts and finite numbers"
+            ) from None
         size = len(text.encode())
         if size <= MAX_MESSAGE_BYTES:
             return Message(job_id, text, size)
