@@ -6,7 +6,8 @@
     result = send_job.wait(job_id, timeout=3600)
     paths = send_job.download(result, "pictures")
 
-All calls block; in asyncio `await asyncio.to_thread(send_job.wait, job_id)` does not. Works when copied elsewhere with only comfy_utils.py and `env` (and the demo workflow) beside it.
+All calls block; in asyncio `await asyncio.to_thread(send_job.wait, job_id)` does not. Works when copied elsewhere
+with only comfy_utils.py and `env` (and the demo workflow) beside it.
 """
 
 from __future__ import annotations
@@ -21,10 +22,9 @@ import shutil
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NotRequired, TypedDict
 
@@ -146,6 +146,17 @@ def submit_many(
     return sent
 
 
+def upload_input(path: str | Path, *, env: str | None = None) -> str:
+    """Put a file into the bucket's input/ and return the name by which a workflow's LoadImage and the like find it.
+
+    The name has the file's content in it, so that files of the same name do not overwrite each other under waiting
+    jobs, and the same file is uploaded once. Raises OSError and what boto3 raises.
+    """
+    settings, name = load_settings(env), input_name(Path(path))
+    upload_file(aws_client("s3", settings.region), settings.s3_bucket, Path(path), name)
+    return name
+
+
 def wait(
     job_id: str,
     *,
@@ -192,6 +203,53 @@ def cancel(job_id: str, *, env: str | None = None) -> None:
     JobFailed, whose error's kind is `cancelled`; a job that has its result keeps it. Raises what boto3 raises."""
     s3, bucket = _bucket(job_id, env)
     s3.put_object(Bucket=bucket, Key=cancel_key(job_id))
+
+
+class JobFailed(Exception):  # noqa: N818
+    """The job failed. `error` says why, `result` is all of its result."""
+
+    def __init__(self, result: JobResult, error: JobError) -> None:
+        super().__init__(f"job {result['job_id']} failed: {error['message']}")
+        self.result = result
+        self.error = error
+
+
+class WaitTimeoutError(TimeoutError):
+    """Jobs had no result yet when the time was up."""
+
+
+class NotAllSentError(Exception):
+    """Some jobs could not be put on the queue, or nobody knows that they were: sending those again is harmless."""
+
+    def __init__(self, sent: list[str], unsent: list[str], reason: str) -> None:
+        super().__init__(f"{len(sent)} of {len(sent) + len(unsent)} jobs were sent: {reason}")
+        self.sent = sent
+        """The ids of those that are on the queue, in the order in which they were given."""
+        self.unsent = unsent
+        """The ids of the others."""
+        self.reason = reason
+
+
+class WorkflowProblemsError(InvalidWorkflowError):
+    """The fleet's ComfyUI would refuse this workflow; `problems` is all that is wrong with it."""
+
+    def __init__(self, what: str, problems: Sequence[Problem]) -> None:
+        super().__init__(f"{what} cannot run on the fleet: " + "; ".join(map(str, problems)))
+        self.problems = problems
+
+
+class Problem(NamedTuple):
+    """One thing about a workflow that the fleet's ComfyUI refuses, or may refuse where `certain` is False."""
+
+    node_id: str | None
+    title: str | None
+    text: str
+    remedy: str
+    certain: bool = True
+
+    def __str__(self) -> str:
+        node = f"node {self.node_id} {self.title}: " if self.node_id else ""
+        return f"{node}{self.text}: {self.remedy}"
 
 
 class JobResult(TypedDict):
@@ -258,53 +316,6 @@ class JobProgress(TypedDict):
     updated_at: str
 
 
-class JobFailed(Exception):  # noqa: N818
-    """The job failed. `error` says why, `result` is all of its result."""
-
-    def __init__(self, result: JobResult, error: JobError) -> None:
-        super().__init__(f"job {result['job_id']} failed: {error['message']}")
-        self.result = result
-        self.error = error
-
-
-class Problem(NamedTuple):
-    """One thing about a workflow that the fleet's ComfyUI refuses, or may refuse where `certain` is False."""
-
-    node_id: str | None
-    title: str | None
-    text: str
-    remedy: str
-    certain: bool = True
-
-    def __str__(self) -> str:
-        node = f"node {self.node_id} {self.title}: " if self.node_id else ""
-        return f"{node}{self.text}: {self.remedy}"
-
-
-class WorkflowProblemsError(InvalidWorkflowError):
-    """The fleet's ComfyUI would refuse this workflow; `problems` is all that is wrong with it."""
-
-    def __init__(self, what: str, problems: Sequence[Problem]) -> None:
-        super().__init__(f"{what} cannot run on the fleet: " + "; ".join(map(str, problems)))
-        self.problems = problems
-
-
-class WaitTimeoutError(TimeoutError):
-    """Jobs had no result yet when the time was up."""
-
-
-class NotAllSentError(Exception):
-    """Some jobs could not be put on the queue, or nobody knows that they were: sending those again is harmless."""
-
-    def __init__(self, sent: list[str], unsent: list[str], reason: str) -> None:
-        super().__init__(f"{len(sent)} of {len(sent) + len(unsent)} jobs were sent: {reason}")
-        self.sent = sent
-        """The ids of those that are on the queue, in the order in which they were given."""
-        self.unsent = unsent
-        """The ids of the others."""
-        self.reason = reason
-
-
 def _submit(sender: Sender, body: dict[str, Any], job_id: str | None, callback_url: str | None) -> str:
     job_id = sender.send(body, job_id, callback_url)
     sender.raise_capacity(1)
@@ -317,6 +328,409 @@ def _bucket(job_id: str, env: str | None) -> tuple[Any, str]:
         raise InvalidMessageError(f"{job_id!r:.60} is no job id: they are lowercase UUIDs")
     settings = load_settings(env)
     return aws_client("s3", settings.region), settings.s3_bucket
+
+
+# --- Command line ----------------------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns 0 when all was sent (with --direct and --wait: succeeded), 1 for a failure,
+    2 for bad input, 3 when --timeout was up, 130 when waiting was interrupted."""
+    options = parse_arguments(arguments)
+    if is_for_operator(options):
+        return run_operator(options)
+    teller = Teller(as_json=options.json)
+    uploads: dict[str, Path] = {}
+    try:
+        bodies = [] if options.status or options.input else make_bodies(options, uploads)
+        if options.direct:
+            return run_direct(options.direct, [body["prompt"] for body in bodies], options.save or Path("output"))
+        sender = Sender(load_settings(options.env))
+        if options.input:
+            return run_upload(sender.settings, {input_name(path): path for path in options.input}, teller)
+        if options.check:
+            return run_check(FleetCheck(sender.settings, uploads), bodies[0]["prompt"], sender.settings.env, teller)
+        if bodies and "prompt" in bodies[0] and not options.no_check:  # they differ in their seeds only
+            for problem in FleetCheck(sender.settings, uploads).check(bodies[0]["prompt"]):
+                print(f"send_job.py: {problem}", file=sys.stderr)
+    except WorkflowProblemsError as error:
+        print(f"send_job.py: this workflow cannot run on {sender.settings.env}, and was not sent:", file=sys.stderr)
+        print(*error.problems, sep="\n", file=sys.stderr)
+        return 2
+    except (InvalidMessageError, SettingsError) as error:
+        print(f"send_job.py: {error}", file=sys.stderr)
+        return 2
+    except (ComfyGoneError, JobTimeoutError) as error:
+        print(f"send_job.py: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"send_job.py: cannot read {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
+    if uploads and run_upload(sender.settings, uploads, teller):
+        return 1
+    if options.status and not options.wait:
+        try:
+            return run_status(sender, options.status, teller, options.save)
+        except Exception as error:
+            print(f"send_job.py: results cannot be read: {one_line(error)}", file=sys.stderr)
+            return 1
+    job_ids, code = (options.status, 0) if options.status else run_send(sender, bodies, options.callback_url, teller)
+    if options.wait and job_ids:
+        return run_wait(sender, job_ids, options.timeout, teller, options.save) or code
+    return code
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line, checked for what belongs together."""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="send_job.py",
+        description="Send jobs to the fleet: a workflow saved with Save (API Format), or a shell command.",
+        epilog="example: ./send_job.py my_workflow.json --set 6.text='a red fox' --count 4 --env pro",
+    )
+    parser.add_argument("workflow", nargs="?", type=Path, metavar="WORKFLOW.json", help="default: the demo workflow")
+    parser.add_argument("--set", dest="assignments", action="append", default=[], metavar="NODE.INPUT=VALUE",
+                        help="change an input, such as 6.text='a red fox' or 10.image=@photo.png, which uploads the "
+                        "file; may be repeated")  # fmt: skip
+    parser.add_argument("--count", type=int, default=1, metavar="N", help="send N jobs, each with a fresh seed")
+    parser.add_argument("--env", metavar="NAME", help="the environment, instead of ENV in the settings")
+    parser.add_argument("--input", nargs="+", type=Path, metavar="FILE",
+                        help="send nothing, but upload files to the bucket's input/ and tell their names there")  # fmt: skip
+    parser.add_argument("--check", action="store_true",
+                        help="send nothing, but say what the fleet's ComfyUI would refuse; exits with 1 then")  # fmt: skip
+    parser.add_argument("--no-check", action="store_true", help="send without that check")
+    parser.add_argument("--exec-cmd", metavar="CMD", help="send a shell command instead of a workflow")
+    parser.add_argument("--callback-url", metavar="URL", help="POST the result there")
+    parser.add_argument("--wait", action="store_true",
+                        help="wait for the results and tell of each; exits with 1 when a job failed")  # fmt: skip
+    parser.add_argument("--timeout", type=float, metavar="SECONDS",
+                        help="with --wait: stop waiting then and exit with 3; without it a job that ended in the "
+                        "dead-letter queue, which gets no result, is waited for without end")  # fmt: skip
+    parser.add_argument(
+        "--direct", metavar="HOST:PORT", help="run on this ComfyUI instead, without AWS, and save the files"
+    )
+    parser.add_argument("--status", nargs="+", metavar="JOB_ID",
+                        help="send nothing, but tell how these jobs stand; with --wait stay until they have ended; "
+                        "exits with 3 when one has not ended")  # fmt: skip
+    parser.add_argument("--save", type=Path, metavar="DIR",
+                        help="with --wait, --status and --direct: save the files in DIR/JOB_ID/ (--direct: output)")  # fmt: skip
+    parser.add_argument(
+        "--json", action="store_true", help="print an object a line, for programs (--fleet: one object)"
+    )
+    add_operator_arguments(parser)
+    parsed = parser.parse_args(arguments)
+    check_operator_arguments(parser, parsed)
+    if not 1 <= parsed.count <= 100_000:
+        parser.error(f"--count {parsed.count}: send between 1 and 100000 jobs")
+    if parsed.exec_cmd is not None and (parsed.workflow or parsed.assignments or parsed.direct):
+        parser.error("--exec-cmd sends a command: leave out WORKFLOW.json, --set and --direct")
+    if parsed.exec_cmd is not None and not parsed.exec_cmd.strip():
+        parser.error("--exec-cmd is empty: name a shell command")
+    if parsed.direct and (parsed.wait or parsed.json):
+        parser.error("--direct waits by itself and prints text: leave out --wait and --json")
+    only = [f"--{name}" for name in ("status", "input", "check") if getattr(parsed, name)]
+    if only and (len(only) > 1 or parsed.direct or parsed.exec_cmd is not None):
+        parser.error(f"{only[0]} sends nothing: leave out --direct and --exec-cmd, and others of its kind")
+    if only and only != ["--check"] and (parsed.workflow or parsed.assignments):
+        parser.error(f"{only[0]} sends nothing: leave out WORKFLOW.json and --set")
+    if only and only != ["--status"] and parsed.wait:
+        parser.error(f"{only[0]} sends nothing to wait for: leave out --wait")
+    if parsed.direct and any(re.match("[^=]*=@(?!@)", assignment) for assignment in parsed.assignments):
+        parser.error("--direct uploads nothing: name a file in ComfyUI's input folder instead of @FILE")
+    for path in parsed.input or []:
+        if not path.is_file():
+            parser.error(f"--input {path}: there is no such file")
+    for job_id in parsed.status or []:
+        if not is_job_id(job_id):
+            parser.error(f"--status {job_id:.60}: job ids are lowercase UUIDs, as printed when a job is sent")
+    if parsed.save and not (parsed.wait or parsed.status or parsed.direct):
+        parser.error("--save needs results: add --wait")
+    if parsed.timeout is not None and not parsed.wait:
+        parser.error("--timeout bounds --wait: add it, or leave out --timeout")
+    if parsed.timeout is not None and not 0 < parsed.timeout < math.inf:
+        parser.error(f"--timeout {parsed.timeout:g}: wait for more than 0 seconds, or leave it out to wait on")
+    return parsed
+
+
+def make_bodies(options: argparse.Namespace, uploads: dict[str, Path]) -> list[dict[str, Any]]:
+    """The message bodies the command line asks for, all checked before the first is sent; fills `uploads`."""
+    if options.exec_cmd is not None:
+        return [{"exec_cmd": options.exec_cmd}] * options.count
+    workflow = read_workflow(options.workflow or DEMO_WORKFLOW)
+    chosen = {set_input(workflow, assignment, uploads) for assignment in options.assignments}
+    # A workflow of one's own, sent once, keeps the seed it was saved with.
+    if options.workflow and options.count == 1:
+        return [{"prompt": workflow}]
+    return [{"prompt": fresh_seeds(workflow, chosen)} for _ in range(options.count)]
+
+
+def run_send(
+    sender: Sender, bodies: Sequence[dict[str, Any]], callback_url: str | None, teller: Teller
+) -> tuple[list[str], int]:
+    """Send the jobs and raise the capacity; returns the ids of those that were sent, and the exit code."""
+    job_ids: list[str] = []
+    try:
+        job_ids = sender.send_many(bodies, callback_url=callback_url)
+    except NotAllSentError as error:
+        job_ids, reason = error.sent, error.reason
+    except Exception as error:
+        reason = str(error)
+    for job_id in job_ids:
+        teller.event("sent", f"Message sent successfully: {job_id}", job_id=job_id)
+    if len(job_ids) == len(bodies):
+        teller.line("Job submitted successfully")
+    else:
+        queue = sender.settings.sqs_name
+        print(f"send_job.py: {len(job_ids)} of {len(bodies)} jobs sent to {queue}: {reason}", file=sys.stderr)
+    if job_ids:
+        sender.raise_capacity(len(job_ids), say=teller.line)
+    return job_ids, 0 if len(job_ids) == len(bodies) else 1
+
+
+def run_wait(
+    sender: Sender,
+    job_ids: Sequence[str],
+    timeout_s: float | None,
+    teller: Teller | None = None,
+    save: Path | None = None,
+) -> int:
+    """Tell of each job's end until all have ended, and save their files; returns the exit code."""
+    teller = teller or Teller()
+    settings = sender.settings
+    s3 = aws_client("s3", settings.region)
+    waiting = Waiting(sender, s3, job_ids, teller)
+    unsaved = 0
+
+    def give_up(reason: str) -> None:
+        teller.change("")
+        left = list(waiting.unfinished)
+        one = len(left) == 1
+        print(
+            f"send_job.py: {reason}: {len(left)} of {count(waiting.total, 'job')} had no result yet and "
+            f"{'goes' if one else 'go'} on; come back with: "
+            f"./send_job.py --env {settings.env} --wait --status {left[0] if one else 'JOB_ID …'}",
+            file=sys.stderr,
+        )
+
+    try:
+        found = wait_for(
+            s3, settings.s3_bucket, job_ids, timeout_s=timeout_s, after_round=waiting.show, say=teller.line
+        )
+        for result in found:
+            waiting.take(result)
+            unsaved += save is not None and not save_files(result, save, teller, s3, settings.s3_bucket)
+        waiting.say_how_far()
+    except KeyboardInterrupt:
+        give_up("interrupted")
+        return 130
+    except WaitTimeoutError:
+        give_up(f"not done after {timeout_s:g} s")
+        return 3
+    except Exception as error:
+        remedy = (
+            f" (s3:GetObject and s3:ListBucket on {settings.s3_bucket} are needed)"
+            if error_code(error) == "AccessDenied"
+            else ""
+        )
+        give_up(f"results cannot be read: {one_line(error)}{remedy}")
+        return 1
+    return 1 if waiting.failed or unsaved else 0
+
+
+def run_status(sender: Sender, job_ids: Sequence[str], teller: Teller, save: Path | None) -> int:
+    """Tell how jobs stand, and save the files of those that ended; returns 0, 1 when one failed, 3 when one goes on."""
+    s3, bucket = aws_client("s3", sender.settings.region), sender.settings.s3_bucket
+    codes = {0}
+    for job_id in job_ids:
+        result = read_result(s3, bucket, job_id)
+        if result:
+            saved = save is None or save_files(result, save, teller, s3, bucket)
+            codes.add(0 if result["status"] == "succeeded" and saved else 1)
+            teller.event("result", tell_result(result), result=result)
+        elif progress := read_progress(s3, bucket, job_id):
+            codes.add(3)
+            text = f"Job {job_id} is running: {tell_progress(progress)}, at {progress['updated_at']}"
+            teller.event("progress", text, progress=progress)
+        else:
+            codes.add(3)
+            text = f"Job {job_id} has neither result nor progress: it waits, has just begun, or never was"
+            teller.event("info", text, job_id=job_id, text=text)
+    return 1 if 1 in codes else max(codes)
+
+
+def save_files(result: JobResult, folder: Path, teller: Teller, s3: Any, bucket: str) -> bool:
+    """Download a job's files and tell of each; a failure is told, too, and returns False."""
+    try:
+        for path in download_files(s3, bucket, result, folder):
+            teller.event("saved", f"Saved {path}", job_id=result["job_id"], path=str(path))
+    except Exception as error:
+        teller.change("")
+        print(f"send_job.py: the files of job {result['job_id']} are not saved: {one_line(error)}", file=sys.stderr)
+        return False
+    return True
+
+
+def run_check(fleet: FleetCheck, workflow: Workflow, env: str, teller: Teller) -> int:
+    """Say what is wrong with a workflow; returns 1 when the fleet's ComfyUI would refuse it."""
+    if fleet.nodes is None:
+        teller.line(f"Its format is right; what {env} has installed is not known: {NODES_KEY} cannot be read")
+        return 0
+    try:
+        problems, code = fleet.check(workflow), 0
+    except WorkflowProblemsError as error:
+        problems, code = list(error.problems), 1
+    for problem in problems:
+        teller.event("problem", f"{'' if problem.certain else 'Perhaps: '}{problem}", **problem._asdict())
+    teller.line(f"{env} would refuse this workflow" if code else f"{env} can run this workflow")
+    return code
+
+
+def run_upload(settings: Settings, uploads: dict[str, Path], teller: Teller) -> int:
+    """Put files into the bucket's input/ and tell their names there; returns the exit code."""
+    s3 = aws_client("s3", settings.region)
+    for name, path in uploads.items():
+        try:
+            upload_file(s3, settings.s3_bucket, path, name)
+        except Exception as error:
+            print(
+                f"send_job.py: {path} cannot be uploaded to {settings.s3_bucket}: {one_line(error)}", file=sys.stderr
+            )
+            return 1
+        teller.event("uploaded", f"Uploaded {path} as {name}", path=str(path), name=name)
+    return 0
+
+
+def run_direct(address: str, workflows: Sequence[Workflow], folder: Path) -> int:
+    """Run workflows on a ComfyUI at hand, without any AWS, and save their files; returns the exit code."""
+    comfy, failed = ComfyUI(address), 0
+    for workflow in workflows:
+        job_id = new_job_id()
+        try:
+            finished = comfy.run(own_outputs(workflow, job_id), job_id, timeout_s=86_400)
+            error = error_of(finished.entry)
+            files, _ = outputs_of(finished.entry)
+            for warning in explain_node_errors(finished.node_errors):
+                print(f"Dropped: {warning}", file=sys.stderr)
+            for file in files:
+                # Below the job's folder whatever the server says.
+                parts = [
+                    part for part in Path(file.subfolder, file.filename).parts if part not in (job_id, "..", "/")
+                ]
+                target = folder.joinpath(job_id, *parts)
+                comfy.download(file, target)
+                print(f"Saved {target}")
+        except WorkflowRefusedError as refused:
+            error = refused.error
+        if error:
+            failed += 1
+            print(f"send_job.py: job {job_id} failed: {error['message']}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+class Teller:
+    """Where the command line says what it has to say.
+
+    Lines that stay; on a terminal one line below them that changes; with --json an object a line instead of both.
+    """
+
+    def __init__(self, *, as_json: bool = False) -> None:
+        self.as_json = as_json
+        self.live = sys.stdout.isatty() and not as_json
+
+    def line(self, text: str) -> None:
+        """Say something that stays."""
+        self.event("info", text, text=text)
+
+    def event(self, kind: str, words: str, /, **data: Any) -> None:
+        """Say it in words, or as an object of this kind with `data`."""
+        erase = "\r\x1b[K" if self.live else ""
+        print(json.dumps({"event": kind} | data) if self.as_json else erase + words, flush=True)
+
+    def change(self, text: str) -> None:
+        """Let the line that changes be this; without one nothing happens."""
+        if self.live:
+            print(f"\r\x1b[K{cut(text, shutil.get_terminal_size().columns - 1)}", end="", flush=True)
+
+
+class Waiting:
+    """What is shown of the jobs waited for: of many a bar, of one what it does."""
+
+    def __init__(self, sender: Sender, s3: Any, job_ids: Sequence[str], teller: Teller) -> None:
+        self.s3 = s3
+        self.bucket = sender.settings.s3_bucket
+        self.teller = teller
+        self.total = len(job_ids)
+        self.unfinished = dict.fromkeys(job_ids)
+        self.failed = 0
+        self.fleet = FleetWatch(sender, (lambda _: None) if teller.live else teller.line)
+        self._runs_s: list[float] = []
+        self._told = -1
+        self._progress: JobProgress | None = None
+        self._first: tuple[JobProgress, float] | None = None  # the first news of the node at work, and when
+
+    def take(self, result: JobResult) -> None:
+        """Count and tell a result."""
+        del self.unfinished[result["job_id"]]
+        self.failed += result["status"] != "succeeded"
+        self._runs_s.append(result["timings"]["run_s"])
+        self.teller.event("result", tell_result(result), result=result)
+
+    def show(self) -> None:
+        """Show how far it is, after each round of looks."""
+        self.say_how_far()
+        self.fleet.look(len(self.unfinished))
+        if self.total == 1 and (self.teller.live or self.teller.as_json):
+            progress = read_progress(self.s3, self.bucket, next(iter(self.unfinished)))
+            if self.teller.as_json and progress and progress != self._progress:
+                self.teller.event("progress", "", progress=progress)
+            self._note(progress)
+        self.teller.change(self.line_of_one() if self.total == 1 else self.line_of_many())
+
+    def say_how_far(self) -> None:
+        """On no terminal: one line whenever the number of finished jobs has changed."""
+        if not self.teller.live and self._told != len(self.unfinished):
+            self._told = len(self.unfinished)
+            self.teller.line(self.how_far())
+
+    def how_far(self) -> str:
+        done = self.total - len(self.unfinished)
+        return f"{done} of {count(self.total, 'job')} done" + (f", {self.failed} failed" if self.failed else "")
+
+    def _note(self, progress: JobProgress | None) -> None:
+        if progress and not (self._first and self._first[0].get("node_id") == progress.get("node_id")):
+            self._first = progress, time.monotonic()
+        self._progress = progress
+
+    def left_in_node_s(self) -> float | None:
+        """Seconds until the node at work is through, by the pace of its steps so far; None while that is unknown."""
+        if not (self._progress and self._first):
+            return None
+        first, since = self._first
+        steps = self._progress.get("value", 0) - first.get("value", 0)
+        left = self._progress.get("max", 0) - self._progress.get("value", 0)
+        return (time.monotonic() - since) / steps * left if steps > 0 else None
+
+    def line_of_one(self) -> str:
+        """`waiting, about 2 ahead: 1 instance is booting`, later `running: KSampler 12/20 (60 %)`."""
+        if self._progress:
+            left_s = self.left_in_node_s()
+            left = "" if left_s is None else f", about {left_s:.0f} s left in this node"
+            return f"running: {tell_progress(self._progress)}{left}"
+        depth, news = self.fleet.depth, self.fleet.said.get("group" if self.fleet.depth else "queue")
+        return f"waiting{f', about {max(depth.visible - 1, 0)} ahead' if depth else ''}" + (
+            f": {news}" if news else ""
+        )
+
+    def line_of_many(self) -> str:
+        """`[████░░░░] 2 of 4 jobs done, about 25 s left. On the queue: 1 waiting, 1 running. 1 instance is booting`."""
+        filled = 20 * (self.total - len(self.unfinished)) // self.total
+        text = f"[{'█' * filled}{'░' * (20 - filled)}] {self.how_far()}"
+        if self._runs_s and self.fleet.depth and self.fleet.depth.in_flight:
+            # As long as past runs took, on as many workers as are at it now.
+            left_s = len(self.unfinished) * sum(self._runs_s) / len(self._runs_s) / self.fleet.depth.in_flight
+            text += f", about {left_s:.0f} s left"
+        return ". ".join([text, *filter(None, self.fleet.said.values())])
 
 
 # --- Sending ---------------------------------------------------------------------------------------------
@@ -397,7 +811,12 @@ class Sender:
                 f"job_id {job_id!r:.60} is no lowercase UUID: leave it out or use str(uuid.uuid4())"
             )
         extras = {"job_id": job_id} | ({"callback_url": callback_url} if callback_url else {})
-        text = json.dumps(body | extras, ensure_ascii=False)
+        try:
+            text = json.dumps(body | extras, ensure_ascii=False, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise InvalidMessageError(
+                f"the job cannot be written as JSON ({error}): use text, lists, dicts and finite numbers"
+            ) from None
         size = len(text.encode())
         if size <= MAX_MESSAGE_BYTES:
             return Message(job_id, text, size)
@@ -515,15 +934,12 @@ def _read_json(s3: Any, bucket: str, key: str) -> Any:
 
 
 def download_files(s3: Any, bucket: str, result: JobResult, folder: Path) -> list[Path]:
-    """Save the files of a job, several at once, in `folder`/<job_id>/."""
-    from concurrent.futures import ThreadPoolExecutor
-
+    """Save the files of a job in `folder`/<job_id>/; boto3 fetches the parts of a large one at the same time."""
     keys = [output["s3_key"] for output in result["outputs"]]
     targets = [folder.joinpath(*local_parts(key)) for key in keys]
-    for target in targets:
+    for key, target in zip(keys, targets, strict=True):
         target.parent.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-        list(pool.map(partial(s3.download_file, bucket), keys, map(str, targets)))
+        s3.download_file(bucket, key, str(target))
     return targets
 
 
@@ -665,6 +1081,17 @@ def fleet_news(autoscaling: Any, asg_name: str) -> str | None:
     return f"{count(missing, 'instance')} {'is' if missing == 1 else 'are'} asked of AWS{unseen}"
 
 
+def cut(text: str, columns: int) -> str:
+    """As much of the beginning as fits; Chinese characters, as in titles of nodes, take two columns."""
+    from unicodedata import east_asian_width
+
+    for place, character in enumerate(text):
+        columns -= 2 if east_asian_width(character) in "WF" else 1
+        if columns < 0:
+            return text[:place]
+    return text
+
+
 def count(number: int, thing: str) -> str:
     """`1 job`, `2 jobs`."""
     return f"{number} {thing}{'' if number == 1 else 's'}"
@@ -707,14 +1134,15 @@ _nodes_read: dict[str, tuple[float, str, dict[str, Any]]] = {}  # bucket -> when
 
 
 class FleetCheck:
-    """Checks workflows against what is installed on one environment's fleet."""
+    """Checks workflows against what is installed on one environment's fleet; `coming` inputs will be uploaded."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, coming: Collection[str] = ()) -> None:
         self.bucket = settings.s3_bucket
         self.s3 = aws_client("s3", settings.region)
         self.nodes = read_nodes(self.s3, self.bucket)
         """The fleet's /object_info; None where it is not known, and then nothing is found."""
-        self._names: set[str] | None = None
+        self.coming = coming
+        self._models: list[str] | None = None
 
     def check(self, workflow: Workflow) -> list[Problem]:
         """Raise WorkflowProblemsError if ComfyUI would refuse it; return what may go wrong otherwise."""
@@ -725,20 +1153,23 @@ class FleetCheck:
         return problems
 
     def may_have(self, file: str) -> bool:
-        """Whether the bucket may have this model or input by now: what is known of the fleet may be old."""
-        name = "/" + re.sub(r" \[\w+\]$", "", file).replace("\\", "/")
+        """Whether the bucket has this input or model by now, or may have it: what is known of the fleet may be old."""
+        name = re.sub(r" \[\w+\]$", "", file).replace("\\", "/")
+        if name in self.coming:
+            return True
         try:
-            if self._names is None:
-                pages = self.s3.get_paginator("list_objects_v2").paginate
-                self._names = {
-                    item["Key"]
-                    for prefix in ("models/", "input/")
-                    for page in pages(Bucket=self.bucket, Prefix=prefix)
-                    for item in page.get("Contents", [])
-                }
+            self.s3.head_object(Bucket=self.bucket, Key=f"input/{name}")
+            return True
+        except Exception as error:
+            if error_code(error) != "404":
+                return True
+        try:
+            if self._models is None:
+                pages = self.s3.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix="models/")
+                self._models = [item["Key"] for page in pages for item in page.get("Contents", [])]
         except Exception:
             return True
-        return any(key.endswith(name) for key in self._names)
+        return any(key.endswith(f"/{name}") for key in self._models)
 
 
 def read_nodes(s3: Any, bucket: str) -> dict[str, Any] | None:
@@ -938,6 +1369,30 @@ def warn_of(problems: Sequence[Problem]) -> None:
         warnings.warn(str(problem), stacklevel=3)
 
 
+# --- Inputs ----------------------------------------------------------------------------------------------
+
+
+def input_name(path: Path) -> str:
+    """The name of a file in input/: its own as far as it is plain, and the beginning of its content's SHA-256."""
+    import hashlib
+
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", path.stem)[:80]
+    return f"{stem}-{digest[:16]}{re.sub(r'[^A-Za-z0-9.]', '', path.suffix)}"
+
+
+def upload_file(s3: Any, bucket: str, path: Path, name: str) -> None:
+    """Put a file into the bucket's input/ under its input_name, unless it is there."""
+    key = f"input/{name}"
+    try:
+        s3.head_object(Bucket=bucket, Key=key)
+    except Exception as error:
+        if error_code(error) not in ("404", "403"):  # the latter where only PutObject is allowed
+            raise
+        s3.upload_file(str(path), bucket, key)
+
+
 # --- Workflows -------------------------------------------------------------------------------------------
 
 
@@ -953,11 +1408,12 @@ def read_workflow(path: Path) -> Workflow:
         raise InvalidWorkflowError(f"{path} is not JSON ({error}): export it with Save (API Format)") from None
 
 
-def set_input(workflow: Workflow, assignment: str) -> tuple[str, str]:
+def set_input(workflow: Workflow, assignment: str, uploads: dict[str, Path]) -> tuple[str, str]:
     """Apply one NODE.INPUT=VALUE in place and return (node id, input name).
 
     The value takes the type of the one it replaces: text stays text, a number must be a number; a link
-    or a list may be replaced by any JSON. Raises InvalidWorkflowError.
+    or a list may be replaced by any JSON. Instead of text, @FILE is the name of a file that is added to `uploads`,
+    and @@ begins a text with an @. Raises InvalidWorkflowError.
     """
     target, equals, value = assignment.partition("=")
     node_id, dot, name = target.partition(".")
@@ -969,8 +1425,22 @@ def set_input(workflow: Workflow, assignment: str) -> tuple[str, str]:
     if name not in inputs:
         have = ", ".join(inputs) or "none"
         raise InvalidWorkflowError(f"--set {target}: node {node_id} has no input {name}; its inputs are {have}")
-    inputs[name] = _like(inputs[name], value, target)
+    if isinstance(inputs[name], str) and value.startswith("@"):
+        inputs[name] = value[1:] if value.startswith("@@") else _coming_input(value[1:], target, uploads)
+    else:
+        inputs[name] = _like(inputs[name], value, target)
     return node_id, name
+
+
+def _coming_input(file: str, target: str, uploads: dict[str, Path]) -> str:
+    try:
+        name = input_name(Path(file))
+    except OSError as error:
+        raise InvalidWorkflowError(
+            f"--set {target}=@{file}: cannot read it: {error.strerror}; write @@ where the text begins with an @"
+        ) from None
+    uploads[name] = Path(file)
+    return name
 
 
 def _like(old: Any, text: str, target: str) -> Any:
@@ -997,383 +1467,6 @@ def fresh_seeds(workflow: Workflow, keep: set[tuple[str, str]]) -> Workflow:
             if is_seed and (node_id, name) not in keep:
                 node["inputs"][name] = random.getrandbits(50)  # exact in JavaScript too, which reads these files
     return fresh
-
-
-# --- Command line ----------------------------------------------------------------------------------------
-
-
-def run_direct(address: str, workflows: Sequence[Workflow], folder: Path) -> int:
-    """Run workflows on a ComfyUI at hand, without any AWS, and save their files; returns the exit code."""
-    comfy, failed = ComfyUI(address), 0
-    for workflow in workflows:
-        job_id = new_job_id()
-        try:
-            finished = comfy.run(own_outputs(workflow, job_id), job_id, timeout_s=86_400)
-            error = error_of(finished.entry)
-            files, _ = outputs_of(finished.entry)
-            for warning in explain_node_errors(finished.node_errors):
-                print(f"Dropped: {warning}", file=sys.stderr)
-            for file in files:
-                # Below the job's folder whatever the server says.
-                parts = [
-                    part for part in Path(file.subfolder, file.filename).parts if part not in (job_id, "..", "/")
-                ]
-                target = folder.joinpath(job_id, *parts)
-                comfy.download(file, target)
-                print(f"Saved {target}")
-        except WorkflowRefusedError as refused:
-            error = refused.error
-        if error:
-            failed += 1
-            print(f"send_job.py: job {job_id} failed: {error['message']}", file=sys.stderr)
-    return 1 if failed else 0
-
-
-class Teller:
-    """Where the command line says what it has to say.
-
-    Lines that stay; on a terminal one line below them that changes; with --json an object a line instead of both.
-    """
-
-    def __init__(self, *, as_json: bool = False) -> None:
-        self.as_json = as_json
-        self.live = sys.stdout.isatty() and not as_json
-
-    def line(self, text: str) -> None:
-        """Say something that stays."""
-        self.event("info", text, text=text)
-
-    def event(self, kind: str, words: str, /, **data: Any) -> None:
-        """Say it in words, or as an object of this kind with `data`."""
-        erase = "\r\x1b[K" if self.live else ""
-        print(json.dumps({"event": kind} | data) if self.as_json else erase + words, flush=True)
-
-    def change(self, text: str) -> None:
-        """Let the line that changes be this; without one nothing happens."""
-        if self.live:
-            width = shutil.get_terminal_size().columns - 1
-            print(f"\r\x1b[K{text[:width]}", end="", flush=True)
-
-
-class Waiting:
-    """What is shown of the jobs waited for: of many a bar, of one what it does."""
-
-    def __init__(self, sender: Sender, s3: Any, job_ids: Sequence[str], teller: Teller) -> None:
-        self.s3 = s3
-        self.bucket = sender.settings.s3_bucket
-        self.teller = teller
-        self.total = len(job_ids)
-        self.unfinished = dict.fromkeys(job_ids)
-        self.failed = 0
-        self.fleet = FleetWatch(sender, (lambda _: None) if teller.live else teller.line)
-        self._runs_s: list[float] = []
-        self._told = -1
-        self._progress: JobProgress | None = None
-        self._first: tuple[JobProgress, float] | None = None  # the first news of the node at work, and when
-
-    def take(self, result: JobResult) -> None:
-        """Count and tell a result."""
-        del self.unfinished[result["job_id"]]
-        self.failed += result["status"] != "succeeded"
-        self._runs_s.append(result["timings"]["run_s"])
-        self.teller.event("result", tell_result(result), result=result)
-
-    def show(self) -> None:
-        """Show how far it is, after each round of looks."""
-        self.say_how_far()
-        self.fleet.look(len(self.unfinished))
-        if self.total == 1 and (self.teller.live or self.teller.as_json):
-            progress = read_progress(self.s3, self.bucket, next(iter(self.unfinished)))
-            if self.teller.as_json and progress and progress != self._progress:
-                self.teller.event("progress", "", progress=progress)
-            self._note(progress)
-        self.teller.change(self.line_of_one() if self.total == 1 else self.line_of_many())
-
-    def say_how_far(self) -> None:
-        """On no terminal: one line whenever the number of finished jobs has changed."""
-        if not self.teller.live and self._told != len(self.unfinished):
-            self._told = len(self.unfinished)
-            self.teller.line(self.how_far())
-
-    def how_far(self) -> str:
-        done = self.total - len(self.unfinished)
-        return f"{done} of {count(self.total, 'job')} done" + (f", {self.failed} failed" if self.failed else "")
-
-    def _note(self, progress: JobProgress | None) -> None:
-        if progress and not (self._first and self._first[0].get("node_id") == progress.get("node_id")):
-            self._first = progress, time.monotonic()
-        self._progress = progress
-
-    def left_in_node_s(self) -> float | None:
-        """Seconds until the node at work is through, by the pace of its steps so far; None while that is unknown."""
-        if not (self._progress and self._first):
-            return None
-        first, since = self._first
-        steps = self._progress.get("value", 0) - first.get("value", 0)
-        left = self._progress.get("max", 0) - self._progress.get("value", 0)
-        return (time.monotonic() - since) / steps * left if steps > 0 else None
-
-    def line_of_one(self) -> str:
-        """`waiting, about 2 ahead: 1 instance is booting`, later `running: KSampler 12/20 (60 %)`."""
-        if self._progress:
-            left_s = self.left_in_node_s()
-            left = "" if left_s is None else f", about {left_s:.0f} s left in this node"
-            return f"running: {tell_progress(self._progress)}{left}"
-        depth, news = self.fleet.depth, self.fleet.said.get("group" if self.fleet.depth else "queue")
-        return f"waiting{f', about {max(depth.visible - 1, 0)} ahead' if depth else ''}" + (
-            f": {news}" if news else ""
-        )
-
-    def line_of_many(self) -> str:
-        """`[████░░░░] 2 of 4 jobs done, about 25 s left. On the queue: 1 waiting, 1 running. 1 instance is booting`."""
-        filled = 20 * (self.total - len(self.unfinished)) // self.total
-        text = f"[{'█' * filled}{'░' * (20 - filled)}] {self.how_far()}"
-        if self._runs_s and self.fleet.depth and self.fleet.depth.in_flight:
-            # As long as past runs took, on as many workers as are at it now.
-            left_s = len(self.unfinished) * sum(self._runs_s) / len(self._runs_s) / self.fleet.depth.in_flight
-            text += f", about {left_s:.0f} s left"
-        return ". ".join([text, *filter(None, self.fleet.said.values())])
-
-
-def run_wait(
-    sender: Sender,
-    job_ids: Sequence[str],
-    timeout_s: float | None,
-    teller: Teller | None = None,
-    save: Path | None = None,
-) -> int:
-    """Tell of each job's end until all have ended, and save their files; returns the exit code."""
-    teller = teller or Teller()
-    settings = sender.settings
-    s3 = aws_client("s3", settings.region)
-    waiting = Waiting(sender, s3, job_ids, teller)
-    unsaved = 0
-
-    def give_up(reason: str) -> None:
-        teller.change("")
-        left = list(waiting.unfinished)
-        one = len(left) == 1
-        print(
-            f"send_job.py: {reason}: {len(left)} of {count(waiting.total, 'job')} had no result yet and "
-            f"{'goes' if one else 'go'} on; come back with: "
-            f"./send_job.py --env {settings.env} --wait --status {left[0] if one else 'JOB_ID …'}",
-            file=sys.stderr,
-        )
-
-    try:
-        found = wait_for(
-            s3, settings.s3_bucket, job_ids, timeout_s=timeout_s, after_round=waiting.show, say=teller.line
-        )
-        for result in found:
-            waiting.take(result)
-            unsaved += save is not None and not save_files(result, save, teller, s3, settings.s3_bucket)
-        waiting.say_how_far()
-    except KeyboardInterrupt:
-        give_up("interrupted")
-        return 130
-    except WaitTimeoutError:
-        give_up(f"not done after {timeout_s:g} s")
-        return 3
-    except Exception as error:
-        remedy = (
-            f" (s3:GetObject and s3:ListBucket on {settings.s3_bucket} are needed)"
-            if error_code(error) == "AccessDenied"
-            else ""
-        )
-        give_up(f"results cannot be read: {one_line(error)}{remedy}")
-        return 1
-    return 1 if waiting.failed or unsaved else 0
-
-
-def save_files(result: JobResult, folder: Path, teller: Teller, s3: Any, bucket: str) -> bool:
-    """Download a job's files and tell of each; a failure is told, too, and returns False."""
-    try:
-        for path in download_files(s3, bucket, result, folder):
-            teller.event("saved", f"Saved {path}", job_id=result["job_id"], path=str(path))
-    except Exception as error:
-        teller.change("")
-        print(f"send_job.py: the files of job {result['job_id']} are not saved: {one_line(error)}", file=sys.stderr)
-        return False
-    return True
-
-
-def run_status(sender: Sender, job_ids: Sequence[str], teller: Teller, save: Path | None) -> int:
-    """Tell how jobs stand, and save the files of those that ended; returns 0, 1 when one failed, 3 when one goes on."""
-    s3, bucket = aws_client("s3", sender.settings.region), sender.settings.s3_bucket
-    codes = {0}
-    for job_id in job_ids:
-        result = read_result(s3, bucket, job_id)
-        if result:
-            saved = save is None or save_files(result, save, teller, s3, bucket)
-            codes.add(0 if result["status"] == "succeeded" and saved else 1)
-            teller.event("result", tell_result(result), result=result)
-        elif progress := read_progress(s3, bucket, job_id):
-            codes.add(3)
-            text = f"Job {job_id} is running: {tell_progress(progress)}, at {progress['updated_at']}"
-            teller.event("progress", text, progress=progress)
-        else:
-            codes.add(3)
-            text = f"Job {job_id} has neither result nor progress: it waits, has just begun, or never was"
-            teller.event("info", text, job_id=job_id, text=text)
-    return 1 if 1 in codes else max(codes)
-
-
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line, checked for what belongs together."""
-    import argparse
-
-    parser = argparse.ArgumentParser(
-        prog="send_job.py",
-        description="Send jobs to the fleet: a workflow saved with Save (API Format), or a shell command.",
-        epilog="example: ./send_job.py my_workflow.json --set 6.text='a red fox' --count 4 --env pro",
-    )
-    parser.add_argument("workflow", nargs="?", type=Path, metavar="WORKFLOW.json", help="default: the demo workflow")
-    parser.add_argument("--set", dest="assignments", action="append", default=[], metavar="NODE.INPUT=VALUE",
-                        help="change an input, such as 6.text='a red fox'; may be repeated")  # fmt: skip
-    parser.add_argument("--count", type=int, default=1, metavar="N", help="send N jobs, each with a fresh seed")
-    parser.add_argument("--env", metavar="NAME", help="the environment, instead of ENV in the settings")
-    parser.add_argument("--check", action="store_true",
-                        help="send nothing, but say what the fleet's ComfyUI would refuse; exits with 1 then")  # fmt: skip
-    parser.add_argument("--no-check", action="store_true", help="send without that check")
-    parser.add_argument("--exec-cmd", metavar="CMD", help="send a shell command instead of a workflow")
-    parser.add_argument("--callback-url", metavar="URL", help="POST the result there")
-    parser.add_argument("--wait", action="store_true",
-                        help="wait for the results and tell of each; exits with 1 when a job failed")  # fmt: skip
-    parser.add_argument("--timeout", type=float, metavar="SECONDS",
-                        help="with --wait: stop waiting then and exit with 3; without it a job that ended in the "
-                        "dead-letter queue, which gets no result, is waited for without end")  # fmt: skip
-    parser.add_argument(
-        "--direct", metavar="HOST:PORT", help="run on this ComfyUI instead, without AWS, and save the files"
-    )
-    parser.add_argument("--status", nargs="+", metavar="JOB_ID",
-                        help="send nothing, but tell how these jobs stand; with --wait stay until they have ended; "
-                        "exits with 3 when one has not ended")  # fmt: skip
-    parser.add_argument("--save", type=Path, metavar="DIR",
-                        help="with --wait, --status and --direct: save the files in DIR/JOB_ID/ (--direct: output)")  # fmt: skip
-    parser.add_argument(
-        "--json", action="store_true", help="print an object a line, for programs (--fleet: one object)"
-    )
-    add_operator_arguments(parser)
-    parsed = parser.parse_args(arguments)
-    check_operator_arguments(parser, parsed)
-    if not 1 <= parsed.count <= 100_000:
-        parser.error(f"--count {parsed.count}: send between 1 and 100000 jobs")
-    if parsed.exec_cmd is not None and (parsed.workflow or parsed.assignments or parsed.direct):
-        parser.error("--exec-cmd sends a command: leave out WORKFLOW.json, --set and --direct")
-    if parsed.exec_cmd is not None and not parsed.exec_cmd.strip():
-        parser.error("--exec-cmd is empty: name a shell command")
-    if parsed.direct and (parsed.wait or parsed.json):
-        parser.error("--direct waits by itself and prints text: leave out --wait and --json")
-    if parsed.status and (parsed.workflow or parsed.assignments or parsed.direct or parsed.exec_cmd is not None):
-        parser.error("--status sends nothing: leave out WORKFLOW.json, --set, --exec-cmd and --direct")
-    for job_id in parsed.status or []:
-        if not is_job_id(job_id):
-            parser.error(f"--status {job_id:.60}: job ids are lowercase UUIDs, as printed when a job is sent")
-    if parsed.check and (
-        parsed.no_check or parsed.wait or parsed.direct or parsed.status or parsed.exec_cmd is not None
-    ):
-        parser.error(
-            "--check only checks a workflow: leave out --no-check, --wait, --direct, --status and --exec-cmd"
-        )
-    if parsed.save and not (parsed.wait or parsed.status or parsed.direct):
-        parser.error("--save needs results: add --wait")
-    if parsed.timeout is not None and not parsed.wait:
-        parser.error("--timeout bounds --wait: add it, or leave out --timeout")
-    if parsed.timeout is not None and not 0 < parsed.timeout < math.inf:
-        parser.error(f"--timeout {parsed.timeout:g}: wait for more than 0 seconds, or leave it out to wait on")
-    return parsed
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns 0 when all was sent (with --direct and --wait: succeeded), 1 for a failure,
-    2 for bad input, 3 when --timeout was up, 130 when waiting was interrupted."""
-    options = parse_arguments(arguments)
-    if is_for_operator(options):
-        return run_operator(options)
-    teller = Teller(as_json=options.json)
-    try:
-        bodies = [] if options.status else make_bodies(options)
-        if options.direct:
-            return run_direct(options.direct, [body["prompt"] for body in bodies], options.save or Path("output"))
-        sender = Sender(load_settings(options.env))
-        if options.check:
-            return run_check(sender.settings, bodies[0]["prompt"], teller)
-        if "prompt" in (bodies or [{}])[0] and not options.no_check:  # they differ in their seeds only
-            for problem in FleetCheck(sender.settings).check(bodies[0]["prompt"]):
-                print(f"send_job.py: {problem}", file=sys.stderr)
-    except WorkflowProblemsError as error:
-        print(f"send_job.py: this workflow cannot run on {sender.settings.env}, and was not sent:", file=sys.stderr)
-        print(*error.problems, sep="\n", file=sys.stderr)
-        return 2
-    except (InvalidMessageError, SettingsError) as error:
-        print(f"send_job.py: {error}", file=sys.stderr)
-        return 2
-    except (ComfyGoneError, JobTimeoutError) as error:
-        print(f"send_job.py: {error}", file=sys.stderr)
-        return 1
-    if options.status and not options.wait:
-        try:
-            return run_status(sender, options.status, teller, options.save)
-        except Exception as error:
-            print(f"send_job.py: results cannot be read: {one_line(error)}", file=sys.stderr)
-            return 1
-    job_ids, code = (options.status, 0) if options.status else run_send(sender, bodies, options.callback_url, teller)
-    if options.wait and job_ids:
-        return run_wait(sender, job_ids, options.timeout, teller, options.save) or code
-    return code
-
-
-def run_check(settings: Settings, workflow: Workflow, teller: Teller) -> int:
-    """Say what is wrong with a workflow; returns 1 when the fleet's ComfyUI would refuse it."""
-    fleet = FleetCheck(settings)
-    if fleet.nodes is None:
-        teller.line(
-            f"Its format is right; what {settings.env} has installed is not known: {NODES_KEY} cannot be read"
-        )
-        return 0
-    try:
-        problems, code = fleet.check(workflow), 0
-    except WorkflowProblemsError as error:
-        problems, code = list(error.problems), 1
-    for problem in problems:
-        teller.event("problem", f"{'' if problem.certain else 'Perhaps: '}{problem}", **problem._asdict())
-    teller.line(f"{settings.env} would refuse this workflow" if code else f"{settings.env} can run this workflow")
-    return code
-
-
-def run_send(
-    sender: Sender, bodies: Sequence[dict[str, Any]], callback_url: str | None, teller: Teller
-) -> tuple[list[str], int]:
-    """Send the jobs and raise the capacity; returns the ids of those that were sent, and the exit code."""
-    job_ids: list[str] = []
-    try:
-        job_ids = sender.send_many(bodies, callback_url=callback_url)
-    except NotAllSentError as error:
-        job_ids, reason = error.sent, error.reason
-    except Exception as error:
-        reason = str(error)
-    for job_id in job_ids:
-        teller.event("sent", f"Message sent successfully: {job_id}", job_id=job_id)
-    if len(job_ids) == len(bodies):
-        teller.line("Job submitted successfully")
-    else:
-        queue = sender.settings.sqs_name
-        print(f"send_job.py: {len(job_ids)} of {len(bodies)} jobs sent to {queue}: {reason}", file=sys.stderr)
-    if job_ids:
-        sender.raise_capacity(len(job_ids), say=teller.line)
-    return job_ids, 0 if len(job_ids) == len(bodies) else 1
-
-
-def make_bodies(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The message bodies the command line asks for, all checked before the first is sent."""
-    if options.exec_cmd is not None:
-        return [{"exec_cmd": options.exec_cmd}] * options.count
-    workflow = read_workflow(options.workflow or DEMO_WORKFLOW)
-    chosen = {set_input(workflow, assignment) for assignment in options.assignments}
-    # A workflow of one's own, sent once, keeps the seed it was saved with.
-    if options.workflow and options.count == 1:
-        return [{"prompt": workflow}]
-    return [{"prompt": fresh_seeds(workflow, chosen)} for _ in range(options.count)]
 
 
 # --- Operating -------------------------------------------------------------------------------------------

@@ -56,18 +56,21 @@ sender = send_job.Sender(send_job.load_settings())
 loaded = time.perf_counter()
 import boto3
 boto = time.perf_counter()
+send_job.FleetCheck(sender.settings).check(workflow)
+checked = time.perf_counter()
 sender._queue()
 found = time.perf_counter()
 sender.send({"prompt": workflow})
 sent = time.perf_counter()
 sender.raise_capacity(1)
 raised = time.perf_counter()
-print(imported - began, loaded - imported, boto - loaded, found - boto, sent - found, raised - sent)
+print(imported - began, loaded - imported, boto - loaded, checked - boto, found - checked, sent - found, raised - sent)
 """
 NAMES = (
     "import send_job",
     "workflow, settings",
     "import boto3",
+    "client, what the fleet has",
     "client, GetQueueUrl",
     "SendMessage",
     "client, raise capacity",
@@ -218,6 +221,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             AWS_SECRET_ACCESS_KEY="local",
         )
         settings = load_settings(None, folder / "env")
+        aws_client("s3", REGION).create_bucket(
+            Bucket=settings.s3_bucket, CreateBucketConfiguration={"LocationConstraint": REGION}
+        )
         ec2, group = aws_client("ec2", REGION), settings.asg_name
         launch = {"ImageId": ec2.describe_images()["Images"][0]["ImageId"], "InstanceType": "g5.2xlarge"}
         ec2.create_launch_template(LaunchTemplateName=group, LaunchTemplateData=launch)

@@ -315,7 +315,9 @@ def tell_story(folder: Path, jobs: int) -> None:
 
         tell("Every call is checked against the policies that ./create_env.sh --print-policy prints.")
         keeper = with_permissions_of(cloud, "operator", "base", base, environment)
-        operator, sender = (with_permissions_of(cloud, who, "pro", base, environment) for who in ("operator", "sender"))
+        operator, sender = (
+            with_permissions_of(cloud, who, "pro", base, environment) for who in ("operator", "sender")
+        )
 
         run_on_base(base, keeper, "./create_env.sh", "base", "--move-data", "--yes")
         start_comfyui(machine)

@@ -7,6 +7,7 @@ import gzip
 import io
 import itertools
 import json
+import math
 import os
 import pty
 import re
@@ -223,6 +224,7 @@ def test_it_works_when_copied_elsewhere(make_site: Callable[..., Site]) -> None:
         (["--set", "6.txt=x"], 2, "--set 6.txt: node 6 has no input txt; its inputs are text, clip"),
         (["--set", "3.steps=many"], 2, "--set 3.steps=many: the input is a number, such as 20"),
         (["--set", "nonsense"], 2, "--set nonsense: write NODE.INPUT=VALUE"),
+        (["--set", "6.text=@gone"], 2, "--set 6.text=@gone: cannot read it: No such file or directory; write @@"),
         (["--env", "Pro"], 2, "ENV='Pro' cannot be used"),
     ],
 )
@@ -246,7 +248,8 @@ def test_bad_input_is_one_sentence_and_nothing_is_sent(
     [["--count", "0"], ["--count", "x"], ["--exec-cmd", ""], ["--exec-cmd", "ls", "x.json"], ["--bogus"],
      ["--wait", "--direct", "127.0.0.1:9"], ["--timeout", "5"], ["--wait", "--timeout", "0"],
      ["--wait", "--timeout", "nan"], ["--wait", "--timeout", "inf"], ["--save", "x"], ["--direct", "x:1", "--json"],
-     ["--status", "x"], ["--exec-cmd", "ls", "--status", "0f8fad5b-d9cb-469f-a165-70867728950e"]],
+     ["--input", str(ROOT / "env.example"), "--check"], ["--check", "--wait"], ["--input", "gone.png"],
+     ["--direct", "x:1", "--set", "1.image=@x"], ["--status", "x"], ["--exec-cmd", "ls", "--status", "0f8fad5b-d9cb-469f-a165-70867728950e"]],
 )  # fmt: skip
 def test_misuse_shows_the_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -257,18 +260,18 @@ def test_misuse_shows_the_usage(arguments: list[str], capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize(
     ("old", "text", "new"),
-    [("a", "7", "7"), (1, "7", 7), (1.5, "2", 2), (True, "false", False), (["4", 0], '["5", 1]', ["5", 1]), (["4", 0], "x", "x")],
+    [("a", "7", "7"), ("a", "@@b", "@b"), (1, "7", 7), (1.5, "2", 2), (True, "false", False), (["4", 0], '["5", 1]', ["5", 1]), (["4", 0], "x", "x")],
 )  # fmt: skip
 def test_a_set_value_takes_the_type_of_the_old(old: object, text: str, new: object) -> None:
     workflow = {"1": {"class_type": "X", "inputs": {"a.b": old}}}
-    assert send_job.set_input(workflow, f"1.a.b={text}") == ("1", "a.b")
+    assert send_job.set_input(workflow, f"1.a.b={text}", {}) == ("1", "a.b")
     assert workflow["1"]["inputs"] == {"a.b": new}
 
 
 @pytest.mark.parametrize(("old", "text"), [(1, "true"), (1, '"7"'), (True, "1"), (1.5, "null")])
 def test_a_set_value_of_another_type_is_refused(old: object, text: str) -> None:
     with pytest.raises(InvalidWorkflowError):
-        send_job.set_input({"1": {"class_type": "X", "inputs": {"a": old}}}, f"1.a={text}")
+        send_job.set_input({"1": {"class_type": "X", "inputs": {"a": old}}}, f"1.a={text}", {})
 
 
 # --- On a ComfyUI at hand --------------------------------------------------------------------------------
@@ -552,6 +555,29 @@ def test_on_a_terminal_one_line_changes(make_site: Callable[..., Site]) -> None:
         os.close(controller)
 
 
+def test_many_jobs_are_one_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    sender: Any = types.SimpleNamespace(settings=types.SimpleNamespace(s3_bucket="bucket"))
+    waiting = send_job.Waiting(sender, None, ["a", "b", "c", "d"], send_job.Teller())
+    assert waiting.line_of_many() == "[░░░░░░░░░░░░░░░░░░░░] 0 of 4 jobs done"
+    waiting.fleet.depth = QueueDepth(1, 2)
+    waiting.fleet.said = {"queue": "On the queue: 1 waiting, 2 running", "group": None}
+    done: Any = receipt("a")  # 12.34 s
+    waiting.take(done)
+    waiting.take(done | {"job_id": "b", "status": "failed", "error": {"message": "no"}})
+    bar = "[██████████░░░░░░░░░░] 2 of 4 jobs done, 1 failed, about 12 s left. On the queue: 1 waiting, 2 running"
+    assert waiting.line_of_many() == bar
+    waiting.fleet.said["group"] = "1 instance is booting"
+    assert waiting.line_of_many() == f"{bar}. 1 instance is booting"
+    assert capsys.readouterr().out.endswith("Job b failed: no\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "columns", "fits"), [("abc", 3, "abc"), ("abcd", 3, "abc"), ("K采样器", 4, "K采"), ("", 0, "")]
+)
+def test_the_line_that_changes_fits_the_terminal(text: str, columns: int, fits: str) -> None:
+    assert send_job.cut(text, columns) == fits
+
+
 # --- Many at once ----------------------------------------------------------------------------------------
 
 
@@ -654,6 +680,8 @@ def test_batches_fit_into_a_request() -> None:
     ("workflows", "job_ids", "sentence"),
     [
         ([image_workflow(), {"nodes": [], "links": []}], None, "workflow 2: this workflow is saved in UI format"),
+        ([image_workflow(math.nan)], None, "job 1: the job cannot be written as JSON .*: use text, lists, dicts and"),
+        ([image_workflow(more={"7": {"class_type": "X", "inputs": {"path": ROOT}}})], None, "Path is not JSON"),
         ([image_workflow()], ["x", "y"], "there are 2 job_ids for 1 jobs: give one for each"),
         ([image_workflow()] * 2, ["0f8fad5b-d9cb-469f-a165-70867728950e", "X"], "job 2: job_id 'X' is no lowercase"),
         ([image_workflow()] * 2, ["0f8fad5b-d9cb-469f-a165-70867728950e"] * 2, "70867728950e is there twice"),
@@ -923,10 +951,12 @@ def test_submit_refuses_what_the_fleet_would(
     assert len(bodies(sender_site)) == 4
 
     monkeypatch.setattr(send_job, "NODES_AGE_S", 0)
+    read = send_job._nodes_read[sender_site.bucket][2]
     calls: list[str] = []
     monkeypatch.setattr(cloud, "fault", lambda _, operation: calls.append(operation))
     with pytest.raises(send_job.WorkflowProblemsError):  # it is known still, by its ETag
         send_job.submit(image_workflow(more={"10": {"class_type": "New", "inputs": {}}}))
+    assert send_job._nodes_read[sender_site.bucket][2] is read
     store_nodes(sender_site, object_info() | {"New": {"input": {}, "output": []}})
     send_job.submit(image_workflow(more={"10": {"class_type": "New", "inputs": {}}}))
     assert calls.count("GET") == 2
@@ -964,6 +994,62 @@ def test_the_command_line_checks(sender_site: Site, tmp_path: Path, capsys: pyte
     assert sender_site.depth() == (0, 0)
     assert send_job.main([bad, "--no-check"]) == 0
     assert sender_site.depth() == (1, 0)
+
+
+# --- Inputs ----------------------------------------------------------------------------------------------
+
+
+def test_an_input_is_uploaded_once_under_a_name_of_its_content(
+    cloud: LocalCloud, sender_site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(cloud, "fault", lambda _, operation: calls.append(operation))
+    photo, other = tmp_path / "my [photo] ü.png", tmp_path / "other" / "my [photo] ü.png"
+    other.parent.mkdir()
+    photo.write_bytes(b"one")
+    other.write_bytes(b"two")
+    name = send_job.upload_input(photo)
+    assert re.fullmatch(r"my_photo_-[0-9a-f]{16}\.png", name)
+    assert send_job.upload_input(str(photo)) == name
+    assert calls.count("PUT") == 1
+    assert send_job.upload_input(other) != name, "another file does not overwrite it under a waiting job"
+    assert sender_site.s3.get_object(Bucket=sender_site.bucket, Key=f"input/{name}")["Body"].read() == b"one"
+    with pytest.raises(FileNotFoundError):
+        send_job.upload_input(tmp_path / "gone.png")
+
+
+def test_an_input_of_the_command_line_is_uploaded_checked_and_named(
+    sender_site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo, file = tmp_path / "photo.png", tmp_path / "mine.json"
+    photo.write_bytes(b"picture")
+    file.write_text(json.dumps(saving("LoadImage", image="example.png")))
+    store_nodes(sender_site, object_info())
+    sets = ["--set", f"10.image=@{photo}"]
+    assert send_job.main([str(file), *sets, "--check"]) == 0
+    assert sender_site.keys("input/") == [], "a check uploads nothing"
+    capsys.readouterr()
+    assert send_job.main([str(file), *sets]) == 0
+    name = send_job.input_name(photo)
+    assert capsys.readouterr().out.startswith(f"Uploaded {photo} as {name}\nMessage sent successfully")
+    assert sender_site.keys("input/") == [f"input/{name}"]
+    (body,) = bodies(sender_site)
+    assert body["prompt"]["10"]["inputs"] == {"image": name}
+    send_job.submit(body["prompt"])  # what the fleet is known to have is older than the upload
+    assert send_job.main(["--input", str(file), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["name"] == send_job.input_name(file)
+
+
+def test_without_its_input_no_job_is_sent(
+    cloud: LocalCloud, sender_site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    denied = Fault(403, "AccessDenied")
+    monkeypatch.setattr(cloud, "fault", lambda service, call: denied if (service, call) == ("s3", "PUT") else None)
+    assert send_job.main(["--set", f"6.text=@{__file__}"]) == 1
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith(f"send_job.py: {__file__} cannot be uploaded to {sender_site.bucket}: ")
+    assert sender_site.depth() == (0, 0)
 
 
 # --- Waiting: receipts -----------------------------------------------------------------------------------
