@@ -3,12 +3,14 @@
 # Makes an environment from the base machine, or brings one up to date: image, launch template,
 # Auto Scaling group, alarm, bucket and queues.
 #
-# Usage: ./create_env.sh NAME [INSTANCE_ID] [--reboot] [--with-output]
+# Usage: ./create_env.sh NAME [INSTANCE_ID] [--reboot] [--with-output] [--s3-trigger | --no-s3-trigger]
 #
-#   NAME           the environment: lowercase letters, digits and hyphens, such as pro
-#   INSTANCE_ID    the base machine; needed only where this is not run on the base machine itself
-#   --reboot       reboot the base machine for an image that is consistent to the last byte
-#   --with-output  copy the base bucket's output/ as well
+#   NAME             the environment: lowercase letters, digits and hyphens, such as pro
+#   INSTANCE_ID      the base machine; needed only where this is not run on the base machine itself
+#   --reboot         reboot the base machine for an image that is consistent to the last byte
+#   --with-output    copy the base bucket's output/ as well
+#   --s3-trigger     run every workflow that is dropped into the bucket's input/jobs/; it stays so until
+#   --no-s3-trigger  is given
 #
 # Example: ./create_env.sh pro
 #
@@ -26,6 +28,7 @@ LIFECYCLE_SECONDS=300
 RETENTION_SECONDS=1209600 # 14 days, the longest a queue allows
 MESSAGE_BYTES=1048576     # the largest message a queue allows
 LONG_POLL_SECONDS=20
+TRIGGER_ID=comfy-jobs # the bucket's event configuration that is ours
 # While the first instance boots, and until the metrics show it, the alarm adds no second one.
 WARMUP_SECONDS=300
 
@@ -434,6 +437,92 @@ bucket_owner() {
   fi
 }
 
+# --- S3 trigger ------------------------------------------------------------------------------
+
+# look_at_trigger WANTED: sets S3_TRIGGER: yes, no, or empty where nobody asked and there is none. One
+# that is found stays, so that it need not be asked for each time. Sets TRIGGER_FOUND for ensure_trigger.
+look_at_trigger() {
+  local wanted=$1 answer
+  if answer=$(aws s3api get-bucket-notification-configuration --bucket "$S3_BUCKET" \
+    --expected-bucket-owner "$ACCOUNT_ID" \
+    --query "QueueConfigurations[?Id=='$TRIGGER_ID'].join(' ', [QueueArn, join(' ', Events),
+      join(' ', sort(not_null(Filter.Key.FilterRules[].Value, \`[]\`)))]) | [0]" \
+    --output text 2>&1); then
+    TRIGGER_FOUND=${answer##*$'\n'} # the last line, in case the CLI had a warning
+  elif [[ $answer == *NoSuchBucket* ]]; then
+    TRIGGER_FOUND=None
+  else
+    die "cannot look at the events of the bucket $S3_BUCKET:$(one_line "$answer")"
+  fi
+  S3_TRIGGER=$wanted
+  [[ -n $S3_TRIGGER || $TRIGGER_FOUND == None ]] || S3_TRIGGER=yes
+}
+
+# trigger_grant: what lets S3 put events of this bucket, and of no other, on the queue.
+trigger_grant() {
+  printf '"Effect":"Allow","Principal":{"Service":"s3.amazonaws.com"},"Action":"sqs:SendMessage","Resource":"%s"' "$1"
+  printf ',"Condition":{"ArnEquals":{"aws:SourceArn":"arn:%s:s3:::%s"},"StringEquals":{"aws:SourceAccount":"%s"}}' \
+    "$PARTITION" "$S3_BUCKET" "$ACCOUNT_ID"
+}
+
+# ensure_trigger: adds it or takes it away, once queue and bucket are there.
+ensure_trigger() {
+  local arn=arn:$PARTITION:sqs:$REGION:$ACCOUNT_ID:$SQS_NAME state="already there" grant sid policy found url wanted
+  [[ -n $S3_TRIGGER ]] || return 0
+  # The statement's name holds a digest, because AWS may give the rest back in a spelling of its own.
+  grant=$(trigger_grant "$arn")
+  sid=$(sha256sum <<<"$grant")
+  sid=ComfyTrigger${sid:0:16}
+  policy="{\"Version\":\"2012-10-17\",\"Statement\":[{\"Sid\":\"$sid\",$grant}]}"
+  wanted="$arn s3:ObjectCreated:* .json input/jobs/"
+  case $S3_TRIGGER/$TRIGGER_FOUND in
+    no/None | "yes/$wanted") ;;
+    no/*) state=removed ;;
+    yes/None) state=created ;;
+    *) state=updated ;;
+  esac
+  if [[ $S3_TRIGGER == no ]]; then
+    sid=None policy="" # None is how the CLI says that there is none
+  fi
+  if [[ $DRY_RUN == no ]]; then
+    url=$(ask_aws "find the queue $SQS_NAME" sqs get-queue-url --queue-name "$SQS_NAME" --query QueueUrl --output text)
+    found=$(ask_aws "look at the policy of the queue $SQS_NAME" sqs get-queue-attributes --queue-url "$url" \
+      --attribute-names Policy --query Attributes.Policy --output text)
+    if [[ $found != *"$sid"* ]]; then
+      run_aws "set the policy of the queue $SQS_NAME" sqs set-queue-attributes --queue-url "$url" \
+        --attributes "{\"Policy\":\"${policy//\"/\\\"}\"}"
+      [[ $state != "already there" ]] || state=updated
+    fi
+    case $state in created | updated | removed) put_events "$arn" ;; esac
+  fi
+  report trigger "s3://$S3_BUCKET/input/jobs/" "$state"
+}
+
+# put_events QUEUE_ARN: AWS replaces the whole configuration, so the new one holds what others have put
+# there, and EventBridge, which costs nothing until somebody makes a rule there. S3 tries the queue, whose new policy may count only after a minute.
+put_events() {
+  local arn=$1 ours="" events answer deadline=$((SECONDS + QUEUE_WAIT_SECONDS)) said=no
+  if [[ $S3_TRIGGER == yes ]]; then
+    ours='{"Id":"'$TRIGGER_ID'","QueueArn":"'$arn'","Events":["s3:ObjectCreated:*"],"Filter":{"Key":{"FilterRules":[
+      {"Name":"prefix","Value":"input/jobs/"},{"Name":"suffix","Value":".json"}]}}}'
+  fi
+  events=$(ask_aws "look at the events of the bucket $S3_BUCKET" s3api get-bucket-notification-configuration \
+    --bucket "$S3_BUCKET" \
+    --query "{TopicConfigurations: not_null(TopicConfigurations, \`[]\`),
+      LambdaFunctionConfigurations: not_null(LambdaFunctionConfigurations, \`[]\`),
+      QueueConfigurations: [QueueConfigurations[?Id!='$TRIGGER_ID'], \`[$ours]\`][],
+      EventBridgeConfiguration: \`{}\`}" \
+    --output json)
+  until answer=$(aws s3api put-bucket-notification-configuration --bucket "$S3_BUCKET" \
+    --notification-configuration "$events" 2>&1); do
+    [[ $answer == *"Unable to validate"* && $SECONDS -lt $deadline ]] \
+      || die "cannot set the events of the bucket $S3_BUCKET:$(one_line "$answer")"
+    [[ $said == yes ]] || report trigger "s3://$S3_BUCKET/input/jobs/" "waiting until the queue's new policy counts ..."
+    said=yes
+    sleep "$POLL_SECONDS"
+  done
+}
+
 # --- Image -----------------------------------------------------------------------------------
 
 # ensure_image INSTANCE_ID REBOOT: sets IMAGE and IMAGE_STATE. The image is begun here and ends by
@@ -815,6 +904,7 @@ summarise() {
   fi
   [[ $IMAGE_STATE != pending ]] \
     || printf 'The image goes on by itself; jobs can be sent now and are run once it is available.\n'
+  [[ $S3_TRIGGER != yes ]] || printf 'A workflow that is dropped into s3://%s/input/jobs/ runs.\n' "$S3_BUCKET"
   printf 'Next: ./send_job.py --env %s\n' "$ENV"
 }
 
@@ -830,12 +920,14 @@ instances() {
 }
 
 main() {
-  local name="" id="" reboot=no-reboot with_output=no
+  local name="" id="" reboot=no-reboot with_output=no trigger=""
   while (($#)); do
     case $1 in
       -h | --help) usage && exit ;;
       --reboot) reboot=reboot ;;
       --with-output) with_output=yes ;;
+      --s3-trigger) trigger=yes ;;
+      --no-s3-trigger) trigger=no ;;
       -*) die "the option '$1' is not known: see --help" ;;
       *)
         if [[ -z $name ]]; then name=$1; elif [[ -z $id ]]; then id=$1; else die "the argument '$1' is one too many: see --help"; fi
@@ -851,12 +943,14 @@ main() {
   inspect_base "$id"
   choose_subnets
   check_base_bucket
+  look_at_trigger "$trigger"
 
   printf 'Environment %s from the base machine %s, in %s of account %s\n' "$ENV" "$id" "$REGION" "$ACCOUNT_ID"
   report subnets "$SUBNETS" "$SUBNETS_ARE"
   ensure_queues
   ensure_image "$id" "$reboot"
   ensure_bucket "$with_output"
+  ensure_trigger
   ensure_template
   ensure_group
   ensure_alarm
