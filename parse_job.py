@@ -125,6 +125,8 @@ CALLBACKS_AT_ONCE = 8
 COMMAND_OUTPUT_BYTES = 4096
 CANCEL_S = 5
 """How often it is looked whether a running job was cancelled."""
+FIRST_LOOK_S = 2
+"""So long a job waits for the first look, which mostly has answered before it is asked."""
 WORKFLOW_LIMIT_BYTES = 16 * 1024 * 1024
 """A workflow from the bucket is read into memory."""
 INPUTS_LIMIT_S = 600
@@ -794,6 +796,7 @@ class Worker:
             digest = hashlib.sha256(text).hexdigest()
             stored = self.head(OBJECT_INFO_KEY)
             if stored is not None and stored["Metadata"].get("sha256") == digest:
+                logger.info("The bucket knows what ComfyUI can do")
                 return
             self.s3.put_object(
                 Bucket=self.settings.s3_bucket,
@@ -1180,10 +1183,8 @@ class CancelWatch:
         threading.Thread(target=self._watch, args=(job_id,), daemon=True).start()
 
     def came_first(self) -> bool:
-        """Whether the job was cancelled before it was to run. A look that fails keeps no job waiting."""
-        while not self._looked.wait(0.2):
-            if self._should_stop():
-                raise JobStoppedError
+        """Whether the job was cancelled before it was to run. A look that fails or hangs keeps no job waiting."""
+        self._looked.wait(FIRST_LOOK_S)
         return self._cancelled
 
     def should_stop(self) -> bool:
@@ -1313,7 +1314,7 @@ def every(seconds: float, action: Callable[[], None]) -> Iterator[None]:
         thread.join(1)
 
 
-def within(limit_s: float, action: Callable[[], None], should_stop: Callable[[], bool]) -> None:
+def within(limit_s: float, action: Callable[[], object], should_stop: Callable[[], bool]) -> None:
     """Run `action` in a thread of its own and raise what it raises.
 
     Raises PutBackError when it takes longer than `limit_s`, JobStoppedError when it is to stop; it is then left to
