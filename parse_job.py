@@ -792,7 +792,7 @@ class Worker:
             while not comfy.is_ready():
                 if self.stop.wait(1):
                     return
-            text = json.dumps(comfy.object_info(), sort_keys=True, ensure_ascii=False).encode()
+            text = json.dumps(comfy.object_info(), sort_keys=True).encode()
             digest = hashlib.sha256(text).hexdigest()
             stored = self.head(OBJECT_INFO_KEY)
             if stored is not None and stored["Metadata"].get("sha256") == digest:

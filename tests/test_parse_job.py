@@ -801,6 +801,7 @@ def test_what_send_job_puts_there_itself_is_run_once(trigger_site: Site) -> None
     site.send({"workflow_key": key, "job_id": job_id})
     assert site.await_result(job_id)["status"] == "succeeded"
     site.await_empty_queue()
+    assert site.depth(site.dlq_url) == (0, 0), "S3's events of it were deleted quietly"
     after = [key for key in site.keys("output/") if key not in before and key.endswith("result.json")]
     assert after == [f"output/{job_id}/result.json"]
 
