@@ -572,6 +572,20 @@ def test_a_running_job_is_cancelled_and_its_sender_hears_of_it(make_site: Callab
     receiver.server.shutdown()
 
 
+def test_a_cancel_is_for_one_job_only(make_site: Callable[..., Site]) -> None:
+    site = make_site()
+    site.start_comfyui()
+    site.start_worker()
+    first, second = new_job_id(), new_job_id()
+    for job_id, seconds in ((first, 10), (second, 600)):
+        site.send({"prompt": image_workflow(seconds), "job_id": job_id})
+    await_that("the first runs", lambda: site.runs(first))
+    cancel(site, second)
+    assert site.await_result(second)["error"]["kind"] == "cancelled"
+    assert site.await_result(first)["status"] == "succeeded"
+    assert site.runs(second) == 0
+
+
 def test_a_running_command_is_cancelled_with_its_children(make_site: Callable[..., Site]) -> None:
     site = make_site(ENV="base")
     site.start_comfyui()
