@@ -9,8 +9,8 @@
 #   INSTANCE_ID      the base machine; needed only where this is not run on the base machine itself
 #   --reboot         reboot the base machine for an image that is consistent to the last byte
 #   --with-output    copy the base bucket's output/ as well
-#   --s3-trigger     run every workflow that is dropped into the bucket's input/jobs/; it stays so until
-#   --no-s3-trigger  is given
+#   --s3-trigger     from now on, run every workflow that is dropped into the bucket's input/jobs/
+#   --no-s3-trigger  do so no more
 #
 # Example: ./create_env.sh pro
 #
@@ -458,7 +458,7 @@ look_at_trigger() {
   [[ -n $S3_TRIGGER || $TRIGGER_FOUND == None ]] || S3_TRIGGER=yes
 }
 
-# trigger_grant: what lets S3 put events of this bucket, and of no other, on the queue.
+# trigger_grant QUEUE_ARN: what lets S3 put events of this bucket, and of no other, on the queue.
 trigger_grant() {
   printf '"Effect":"Allow","Principal":{"Service":"s3.amazonaws.com"},"Action":"sqs:SendMessage","Resource":"%s"' "$1"
   printf ',"Condition":{"ArnEquals":{"aws:SourceArn":"arn:%s:s3:::%s"},"StringEquals":{"aws:SourceAccount":"%s"}}' \
@@ -467,13 +467,13 @@ trigger_grant() {
 
 # ensure_trigger: adds it or takes it away, once queue and bucket are there.
 ensure_trigger() {
-  local arn=arn:$PARTITION:sqs:$REGION:$ACCOUNT_ID:$SQS_NAME state="already there" grant sid policy found url wanted
+  local arn=arn:$PARTITION:sqs:$REGION:$ACCOUNT_ID:$SQS_NAME state="already there" grant sid ours found url wanted
   [[ -n $S3_TRIGGER ]] || return 0
   # The statement's name holds a digest, because AWS may give the rest back in a spelling of its own.
   grant=$(trigger_grant "$arn")
   sid=$(sha256sum <<<"$grant")
   sid=ComfyTrigger${sid:0:16}
-  policy="{\"Version\":\"2012-10-17\",\"Statement\":[{\"Sid\":\"$sid\",$grant}]}"
+  ours="[{\"Sid\":\"$sid\",$grant}]"
   wanted="$arn s3:ObjectCreated:* .json input/jobs/"
   case $S3_TRIGGER/$TRIGGER_FOUND in
     no/None | "yes/$wanted") ;;
@@ -481,21 +481,36 @@ ensure_trigger() {
     yes/None) state=created ;;
     *) state=updated ;;
   esac
-  if [[ $S3_TRIGGER == no ]]; then
-    sid=None policy="" # None is how the CLI says that there is none
-  fi
   if [[ $DRY_RUN == no ]]; then
     url=$(ask_aws "find the queue $SQS_NAME" sqs get-queue-url --queue-name "$SQS_NAME" --query QueueUrl --output text)
     found=$(ask_aws "look at the policy of the queue $SQS_NAME" sqs get-queue-attributes --queue-url "$url" \
       --attribute-names Policy --query Attributes.Policy --output text)
-    if [[ $found != *"$sid"* ]]; then
-      run_aws "set the policy of the queue $SQS_NAME" sqs set-queue-attributes --queue-url "$url" \
-        --attributes "{\"Policy\":\"${policy//\"/\\\"}\"}"
+    if [[ $S3_TRIGGER == yes && $found != *"$sid"* ]]; then
+      set_trigger_policy "$url" "$found" "$ours"
       [[ $state != "already there" ]] || state=updated
+    elif [[ $S3_TRIGGER == no && $found == *ComfyTrigger* ]]; then
+      set_trigger_policy "$url" "$found" "[]"
+      state=removed
     fi
-    case $state in created | updated | removed) put_events "$arn" ;; esac
+    [[ $S3_TRIGGER/$TRIGGER_FOUND == "yes/$wanted" || $S3_TRIGGER/$TRIGGER_FOUND == no/None ]] || put_events "$arn"
   fi
   report trigger "s3://$S3_BUCKET/input/jobs/" "$state"
+}
+
+# set_trigger_policy URL FOUND OURS: the queue's policy is FOUND (None: it has none) with the statements OURS
+# in place of an earlier one of ours; what others have put there stays.
+set_trigger_policy() {
+  local url=$1 attributes
+  attributes=$(python3 -c '
+import json, sys
+found, ours = (json.loads(text) for text in ("[]" if sys.argv[1] == "None" else sys.argv[1], sys.argv[2]))
+theirs = found["Statement"] if found else []
+theirs = theirs if isinstance(theirs, list) else [theirs]
+theirs = [one for one in theirs if not one.get("Sid", "").startswith("ComfyTrigger")]
+policy = json.dumps({"Version": "2012-10-17", "Statement": theirs + ours}) if theirs + ours else ""
+print(json.dumps({"Policy": policy}))' "$2" "$3")
+  run_aws "set the policy of the queue $SQS_NAME" sqs set-queue-attributes --queue-url "$url" \
+    --attributes "$attributes"
 }
 
 # put_events QUEUE_ARN: AWS replaces the whole configuration, so the new one holds what others have put

@@ -698,13 +698,16 @@ def test_the_trigger_is_added_kept_repaired_and_taken_away(bundle: Bundle, aws: 
     }
 
     assert "already there" in trigger(bundle, ""), "it stays without being asked for again"
-    sqs.set_queue_attributes(QueueUrl=url, Attributes={"Policy": ""})
+    theirs = {"Sid": "x", "Effect": "Deny", "Principal": "*", "Action": "sqs:*", "Resource": "*"}
+    policy = json.dumps({"Version": "2012-10-17", "Statement": [theirs]})
+    sqs.set_queue_attributes(QueueUrl=url, Attributes={"Policy": policy})
     assert "updated" in trigger(bundle, "")
-    assert len(statements()) == 1
+    assert [found["Sid"][:12] for found in statements()] == ["x", "ComfyTrigger"]
     assert "to be removed" in trigger(bundle, "no", dry_run="yes")
     assert "comfy-jobs" in events()
     assert "removed" in trigger(bundle, "no")
-    assert (list(events()), statements()) == (["theirs"], [])
+    assert (list(events()), statements()) == (["theirs"], [theirs])
+    assert "already there" in trigger(bundle, "no")
 
 
 @pytest.mark.slow
