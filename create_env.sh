@@ -514,7 +514,8 @@ print(json.dumps({"Policy": policy}))' "$2" "$3")
 }
 
 # put_events QUEUE_ARN: AWS replaces the whole configuration, so the new one holds what others have put
-# there, and EventBridge, which costs nothing until somebody makes a rule there. S3 tries the queue, whose new policy may count only after a minute.
+# there, and EventBridge, which costs nothing until somebody makes a rule there. S3 tries the queue, whose
+# new policy may count only after a minute.
 put_events() {
   local arn=$1 ours="" events answer deadline=$((SECONDS + QUEUE_WAIT_SECONDS)) said=no
   if [[ $S3_TRIGGER == yes ]]; then

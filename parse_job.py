@@ -1377,7 +1377,7 @@ def guarded_session() -> Any:
     """A requests session for addresses that came with a message.
 
     It looks where each connection has led before anything is sent over it, because a name may resolve to something
-    else by then than it did when it was checked.
+    else by then than it did when it was checked. Behind a proxy, which looks names up by itself, it sees the proxy.
     """
     import requests
     from requests.adapters import HTTPAdapter
