@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import unquote_plus
 
 Workflow = dict[str, dict[str, Any]]
 """An API-format workflow: node id -> {"class_type", "inputs", ...}."""
@@ -31,6 +32,9 @@ VERSION_TAG = "comfy-version"
 
 MAX_MESSAGE_BYTES = 1024 * 1024
 """SQS refuses a larger message; a larger workflow travels by the bucket."""
+MAX_INPUTS = 100
+OBJECT_INFO_KEY = "output/object_info.json.gz"
+"""Where the fleet's /object_info lies, gzip'd: the nodes and models against which senders check a workflow."""
 
 
 # --- Settings --------------------------------------------------------------------------------------------
@@ -59,6 +63,7 @@ class Settings:
     max_receives: int
     job_timeout_s: int
     stall_timeout_s: int
+    input_limit_mb: int
     exec_cmd: str
     exec_cmd_beside: bool
     warmup_workflow: Path | None
@@ -100,6 +105,7 @@ _DEFAULTS = {
     "MAX_RECEIVES": "3",
     "JOB_TIMEOUT": "3600",
     "STALL_TIMEOUT": "900",
+    "INPUT_LIMIT_MB": "200",
     "EXEC_CMD": "base",
     "EXEC_CMD_BESIDE": "no",
     "WARMUP_WORKFLOW": "",
@@ -192,6 +198,7 @@ def _check(values: Mapping[str, str], path: Path) -> Settings:
         # A receive lasts 12 hours at most, and the job has to end within it.
         job_timeout_s=number("JOB_TIMEOUT", 1, 42_000),
         stall_timeout_s=number("STALL_TIMEOUT", 2, 42_000),
+        input_limit_mb=number("INPUT_LIMIT_MB", 1, 100_000),
         exec_cmd=text("EXEC_CMD", r"base|always|never", "base, always or never"),
         exec_cmd_beside=text("EXEC_CMD_BESIDE", r"yes|no", "yes or no") == "yes",
         warmup_workflow=Path(values["COMFY_HOME"], values["WARMUP_WORKFLOW"]) if values["WARMUP_WORKFLOW"] else None,
@@ -217,6 +224,10 @@ class InvalidWorkflowError(InvalidMessageError):
     """A workflow that cannot be sent to ComfyUI; the text says why, and what to do."""
 
 
+class NothingToRunError(Exception):
+    """A message that asks for nothing, such as S3's own test event: it is deleted and makes no result."""
+
+
 @dataclass(frozen=True)
 class Job:
     """One queue message, understood: exactly one of workflow, workflow_key and command is set."""
@@ -226,6 +237,10 @@ class Job:
     workflow_key: str | None = None
     command: str | None = None
     callback_url: str | None = None
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """Files the worker fetches first: name that the workflow uses -> http(s) or s3:// address."""
+    source: str | None = None
+    """s3://bucket/key of the file whose arrival, told by S3, is this job."""
 
 
 def is_job_id(value: object) -> bool:
@@ -248,7 +263,7 @@ def large_workflow_key(job_id: str) -> str:
 
 
 def cancel_key(job_id: str) -> str:
-    """The S3 key of the empty object that asks for a job not to be run."""
+    """The S3 key of the empty object that cancels a job."""
     return f"input/jobs/{job_id}.cancel"
 
 
@@ -270,12 +285,13 @@ def check_workflow(workflow: object) -> Workflow:
 
 
 def parse_message(body: str, message_id: str) -> Job:
-    """Understand a message body of any of the three shapes the queue takes.
+    """Understand a message body of any of the shapes the queue takes.
 
     1. an API-format workflow itself, 2. {"exec_cmd": "shell command"}, 3. {"prompt": workflow,
-    "job_id": ..., "callback_url": ...}, where {"workflow_key": "input/jobs/<job_id>.json"} stands for
-    a workflow too large for a message. The extras may stand beside exec_cmd as well. Without a job_id
-    `message_id`, a UUID too, serves. Raises InvalidMessageError.
+    "job_id": ..., "callback_url": ..., "inputs": ...}, where {"workflow_key": "input/jobs/<job_id>.json"}
+    stands for a workflow too large for a message, 4. what S3 sends when a file has come into input/jobs/. The
+    extras but inputs may stand beside exec_cmd as well. Without a job_id `message_id`, a UUID too, serves.
+    Raises InvalidMessageError and NothingToRunError.
     """
     try:
         message = json.loads(body, parse_constant=_refuse_constant)
@@ -283,6 +299,8 @@ def parse_message(body: str, message_id: str) -> Job:
         raise InvalidMessageError("the message is not JSON: send a workflow saved with Save (API Format)") from None
     if not isinstance(message, dict):
         raise InvalidMessageError("the message is JSON but no object: send a workflow saved with Save (API Format)")
+    if isinstance(message.get("Records"), list) or message.get("Event") == "s3:TestEvent":
+        return _parse_s3_event(message)
     kinds = [key for key in ("prompt", "workflow_key", "exec_cmd") if key in message]
     if not kinds:
         return Job(message_id, workflow=check_workflow(message))
@@ -304,7 +322,10 @@ def _parse_job(message: dict[str, Any], kinds: list[str], job_id: object, callba
         raise InvalidMessageError(f"callback_url {callback_url!r:.60} is no http(s) address")
     if len(kinds) > 1:
         raise InvalidMessageError(f"the message has both {kinds[0]} and {kinds[1]}: send one of them")
-    job = Job(job_id, callback_url=str(callback_url) if callback_url else None)
+    inputs = _check_inputs(message.get("inputs") or {})
+    job = Job(job_id, callback_url=str(callback_url) if callback_url else None, inputs=inputs)
+    if "exec_cmd" in message and inputs:
+        raise InvalidMessageError("inputs stand beside exec_cmd: they are fetched for workflows only")
     if "exec_cmd" in message:
         if not isinstance(message["exec_cmd"], str) or not message["exec_cmd"].strip():
             raise InvalidMessageError("exec_cmd is not a shell command: send a string")
@@ -319,12 +340,87 @@ def _parse_job(message: dict[str, Any], kinds: list[str], job_id: object, callba
     return replace(job, workflow=check_workflow(message["prompt"]))
 
 
+def _check_inputs(inputs: object) -> dict[str, str]:
+    """The `inputs` of a message: names that stay inside a folder, and addresses of a kind that can be fetched."""
+    if not isinstance(inputs, dict) or len(inputs) > MAX_INPUTS:
+        raise InvalidMessageError(f"inputs is no object of at most {MAX_INPUTS} names and addresses")
+    for name, address in inputs.items():
+        # A name that ends in ] would be taken for one of ComfyUI's "name [output]".
+        is_plain = re.fullmatch(r"[^./\\][^/\\]*(?<!\])", name) and name.isprintable()
+        if not is_plain or len(name.encode()) > 200:
+            raise InvalidMessageError(
+                f"inputs has the name {name!r:.60}: use a file name of at most 200 bytes "
+                "without slashes, no dot first and no ] last"
+            )
+        if not (
+            _is_http_url(address) or (isinstance(address, str) and re.fullmatch(r"s3://[a-z0-9.-]+/.+", address))
+        ):
+            raise InvalidMessageError(f"the input {name!r:.60} has no http(s):// or s3://bucket/key address")
+    return inputs
+
+
+# A message or a workflow file of these names is on its way by another message already.
+_OWN_KEY = re.compile(r"input/jobs/[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}[./].*")
+
+
+def _parse_s3_event(message: dict[str, Any]) -> Job:
+    """The job of a file that came into input/jobs/, from S3's event message (its structure, 2.x, is S3's).
+
+    The id is the same for the same event, which S3 may tell of twice. Files that send_job.py and the worker put
+    there for a job, whose names begin with its id, ask for nothing, nor does anything else.
+    """
+    import uuid
+
+    records = message.get("Records")
+    if not records or not isinstance(records, list):
+        raise NothingToRunError("S3's test event")
+    if len(records) > 1:  # S3 itself sends one
+        raise InvalidMessageError(f"the S3 event tells of {len(records)} files: send a message for each")
+    try:
+        event, file = records[0]["eventName"], records[0]["s3"]["object"]
+        key = unquote_plus(file["key"])
+        source = f"s3://{records[0]['s3']['bucket']['name']}/{key}"
+        job_id = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{source}#{file.get('sequencer') or records[0]['eventTime']}"))
+    except (KeyError, TypeError, AttributeError, ValueError):
+        raise InvalidMessageError("the message has Records but is no S3 event: send a workflow instead") from None
+    if not str(event).startswith("ObjectCreated:"):
+        raise NothingToRunError(f"{event} of {source}")
+    if not (key.startswith("input/jobs/") and key.endswith(".json")) or _OWN_KEY.fullmatch(key):
+        raise NothingToRunError(f"{source} is no workflow dropped into input/jobs/")
+    return Job(job_id, workflow_key=key, source=source)
+
+
 def _is_http_url(value: object) -> bool:
     return isinstance(value, str) and bool(re.fullmatch(r"https?://\S+", value))
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
+
+
+def use_inputs(workflow: Workflow, names: Mapping[str, str]) -> Workflow:
+    """A copy of `workflow` in which every input that is one of `names` is what it is called on this machine.
+
+    Raises InvalidWorkflowError for a name that no node uses.
+    """
+    used = set()
+
+    def renamed(value: Any) -> Any:
+        if not isinstance(value, str) or value not in names:
+            return value
+        used.add(value)
+        return names[value]
+
+    changed = {
+        node_id: {**node, "inputs": {name: renamed(value) for name, value in node.get("inputs", {}).items()}}
+        for node_id, node in workflow.items()
+    }
+    for name in names:
+        if name not in used:
+            raise InvalidWorkflowError(
+                f"inputs has {name!r:.60}, but no node has an input of that value: name the file in one"
+            )
+    return changed
 
 
 def own_outputs(workflow: Workflow, job_id: str) -> Workflow:
@@ -601,6 +697,10 @@ class JobStoppedError(Exception):
     """The caller asked to stop; the job has been interrupted."""
 
 
+class JobCancelledError(JobStoppedError):
+    """The job's sender has cancelled it. A `should_stop` raises it, and `run` interrupts the job as for any stop."""
+
+
 class Finished(NamedTuple):
     """A job that ended: its history entry, and what was said besides.
 
@@ -724,6 +824,10 @@ class ComfyUI:
         """Ask the server to unload models and free memory before the next job."""
         self._call("POST", "/free", {"unload_models": True, "free_memory": True})
 
+    def object_info(self) -> dict[str, Any]:
+        """Every installed node class with its inputs, and the installed models as their allowed values."""
+        return self._json("GET", "/object_info", timeout_s=60)
+
     def download(self, file: OutputFile, target: Path) -> None:
         """Save a file the server made."""
         query = {"filename": file.filename, "subfolder": file.subfolder, "type": file.type}
@@ -793,8 +897,8 @@ class ComfyUI:
                 self._line.watch(watch)
             return self._line
 
-    def _json(self, method: str, path: str) -> dict[str, Any]:
-        answer = self._call(method, path)
+    def _json(self, method: str, path: str, timeout_s: float = 10) -> dict[str, Any]:
+        answer = self._call(method, path, timeout_s=timeout_s)
         try:
             value = answer.json() if answer.status_code == 200 else None
         except ValueError:

@@ -5,7 +5,7 @@
 #
 # Usage: ./create_env.sh base [--move-data [--yes]] [--dry-run]
 #        ./create_env.sh NAME [INSTANCE_ID] [--rebake | --rollback] [--keep N] [--reboot]
-#                        [--with-output] [--wait] [--dry-run]
+#                        [--with-output] [--s3-trigger | --no-s3-trigger] [--wait] [--dry-run]
 #        ./create_env.sh --print-policy worker|sender|operator [NAME]
 #
 #   base           prepare the base machine itself: its bucket and queues
@@ -22,6 +22,8 @@
 #                  --rollback (default: 1 with --rebake, else nothing is removed)
 #   --reboot       reboot the base machine for an image that is consistent to the last byte
 #   --with-output  copy the base bucket's output/ as well
+#   --s3-trigger   from now on, run every workflow that is dropped into the bucket's input/jobs/
+#   --no-s3-trigger  do so no more
 #   --wait         wait until the image is available, so that the fleet can start
 #
 #   --dry-run      say what would be made, changed or removed, and do nothing of it
@@ -44,6 +46,7 @@ LIFECYCLE_SECONDS=300
 RETENTION_SECONDS=1209600 # 14 days, the longest a queue allows
 MESSAGE_BYTES=1048576     # the largest message a queue allows
 LONG_POLL_SECONDS=20
+TRIGGER_ID=comfy-jobs # the bucket's event configuration that is ours
 # While the first instance boots, and until the metrics show it, the alarm adds no second one.
 WARMUP_SECONDS=300
 
@@ -510,6 +513,7 @@ check_everything() {
   fi
   check_topic
   check_base_bucket
+  look_at_trigger
   choose_image
   die_of_problems
 }
@@ -719,6 +723,107 @@ bucket_owner() {
   fi
 }
 
+# --- S3 trigger ------------------------------------------------------------------------------
+
+# look_at_trigger: sets S3_TRIGGER to yes where nobody has asked and there is one: it stays, so that it need
+# not be asked for each time. Sets TRIGGER_FOUND for ensure_trigger.
+look_at_trigger() {
+  local answer
+  if answer=$(aws s3api get-bucket-notification-configuration --bucket "$S3_BUCKET" \
+    --expected-bucket-owner "$ACCOUNT_ID" \
+    --query "QueueConfigurations[?Id=='$TRIGGER_ID'].join(' ', [QueueArn, join(' ', Events),
+      join(' ', sort(not_null(Filter.Key.FilterRules[].Value, \`[]\`)))]) | [0]" \
+    --output text 2>&1); then
+    TRIGGER_FOUND=${answer##*$'\n'} # the last line, in case the CLI had a warning
+  elif [[ $answer == *NoSuchBucket* ]]; then
+    TRIGGER_FOUND=None
+  else
+    die "cannot look at the events of the bucket $S3_BUCKET:$(one_line "$answer")"
+  fi
+  [[ -n $S3_TRIGGER || $TRIGGER_FOUND == None ]] || S3_TRIGGER=yes
+}
+
+# trigger_grant QUEUE_ARN: what lets S3 put events of this bucket, and of no other, on the queue.
+trigger_grant() {
+  printf '"Effect":"Allow","Principal":{"Service":"s3.amazonaws.com"},"Action":"sqs:SendMessage","Resource":"%s"' "$1"
+  printf ',"Condition":{"ArnEquals":{"aws:SourceArn":"arn:%s:s3:::%s"},"StringEquals":{"aws:SourceAccount":"%s"}}' \
+    "$PARTITION" "$S3_BUCKET" "$ACCOUNT_ID"
+}
+
+# ensure_trigger: adds it or takes it away, once queue and bucket are there.
+ensure_trigger() {
+  local arn=arn:$PARTITION:sqs:$REGION:$ACCOUNT_ID:$SQS_NAME state="already there" grant sid ours found url wanted
+  [[ -n $S3_TRIGGER ]] || return 0
+  # The statement's name holds a digest, because AWS may give the rest back in a spelling of its own.
+  grant=$(trigger_grant "$arn")
+  sid=$(sha256sum <<<"$grant")
+  sid=ComfyTrigger${sid:0:16}
+  ours="[{\"Sid\":\"$sid\",$grant}]"
+  wanted="$arn s3:ObjectCreated:* .json input/jobs/"
+  case $S3_TRIGGER/$TRIGGER_FOUND in
+    no/None | "yes/$wanted") ;;
+    no/*) state=removed ;;
+    yes/None) state=created ;;
+    *) state=updated ;;
+  esac
+  if [[ $DRY_RUN == no ]]; then
+    url=$(ask_aws "find the queue $SQS_NAME" sqs get-queue-url --queue-name "$SQS_NAME" --query QueueUrl --output text)
+    found=$(ask_aws "look at the policy of the queue $SQS_NAME" sqs get-queue-attributes --queue-url "$url" \
+      --attribute-names Policy --query Attributes.Policy --output text)
+    if [[ $S3_TRIGGER == yes && $found != *"$sid"* ]]; then
+      set_trigger_policy "$url" "$found" "$ours"
+      [[ $state != "already there" ]] || state=updated
+    elif [[ $S3_TRIGGER == no && $found == *ComfyTrigger* ]]; then
+      set_trigger_policy "$url" "$found" "[]"
+      state=removed
+    fi
+    [[ $S3_TRIGGER/$TRIGGER_FOUND == "yes/$wanted" || $S3_TRIGGER/$TRIGGER_FOUND == no/None ]] || put_events "$arn"
+  fi
+  report trigger "s3://$S3_BUCKET/input/jobs/" "$state"
+}
+
+# set_trigger_policy URL FOUND OURS: the queue's policy is FOUND (None: it has none) with the statements OURS
+# in place of an earlier one of ours; what others have put there stays.
+set_trigger_policy() {
+  local url=$1 attributes
+  attributes=$(python3 -c '
+import json, sys
+found, ours = (json.loads(text) for text in ("[]" if sys.argv[1] == "None" else sys.argv[1], sys.argv[2]))
+theirs = found["Statement"] if found else []
+theirs = theirs if isinstance(theirs, list) else [theirs]
+theirs = [one for one in theirs if not one.get("Sid", "").startswith("ComfyTrigger")]
+policy = json.dumps({"Version": "2012-10-17", "Statement": theirs + ours}) if theirs + ours else ""
+print(json.dumps({"Policy": policy}))' "$2" "$3")
+  run_aws "set the policy of the queue $SQS_NAME" sqs set-queue-attributes --queue-url "$url" \
+    --attributes "$attributes"
+}
+
+# put_events QUEUE_ARN: AWS replaces the whole configuration, so the new one holds what others have put
+# there, and EventBridge, which costs nothing until somebody makes a rule there. S3 tries the queue, whose
+# new policy may count only after a minute.
+put_events() {
+  local arn=$1 ours="" events answer deadline=$((SECONDS + QUEUE_WAIT_SECONDS)) said=no
+  if [[ $S3_TRIGGER == yes ]]; then
+    ours='{"Id":"'$TRIGGER_ID'","QueueArn":"'$arn'","Events":["s3:ObjectCreated:*"],"Filter":{"Key":{"FilterRules":[
+      {"Name":"prefix","Value":"input/jobs/"},{"Name":"suffix","Value":".json"}]}}}'
+  fi
+  events=$(ask_aws "look at the events of the bucket $S3_BUCKET" s3api get-bucket-notification-configuration \
+    --bucket "$S3_BUCKET" \
+    --query "{TopicConfigurations: not_null(TopicConfigurations, \`[]\`),
+      LambdaFunctionConfigurations: not_null(LambdaFunctionConfigurations, \`[]\`),
+      QueueConfigurations: [QueueConfigurations[?Id!='$TRIGGER_ID'], \`[$ours]\`][],
+      EventBridgeConfiguration: \`{}\`}" \
+    --output json)
+  until answer=$(aws s3api put-bucket-notification-configuration --bucket "$S3_BUCKET" \
+    --notification-configuration "$events" 2>&1); do
+    [[ $answer == *"Unable to validate"* && $SECONDS -lt $deadline ]] \
+      || die "cannot set the events of the bucket $S3_BUCKET:$(one_line "$answer")"
+    [[ $said == yes ]] || report trigger "s3://$S3_BUCKET/input/jobs/" "waiting until the queue's new policy counts ..."
+    said=yes
+    sleep "$POLL_SECONDS"
+  done
+}
+
 # --- Permissions -----------------------------------------------------------------------------
 
 # print_policy WHO [NAME]: needs no AWS call, so that who has no permission yet can ask for one.
@@ -782,6 +887,7 @@ worker_policy() {
   allow "s3:ListBucket" "$BUCKET_ARN"
   allow "s3:GetObject" "$BUCKET_ARN/*"
   allow "$write" "$written"
+  [[ $ENV == base ]] || allow "s3:DeleteObject" "$BUCKET_ARN/input/jobs/*" # a job's inputs and its cancel
   allow "cloudwatch:PutMetricData" "*" "\"StringEquals\": {\"cloudwatch:namespace\": \"$PREFIX/$ENV\"}"
   policy_of_statements
 }
@@ -1764,6 +1870,7 @@ summarise() {
   fi
   [[ $IMAGE_STATE != pending ]] \
     || printf 'The image goes on by itself; jobs can be sent now and are run once it is available.\n'
+  [[ $S3_TRIGGER != yes ]] || printf 'A workflow that is dropped into s3://%s/input/jobs/ runs.\n' "$S3_BUCKET"
   show_links
   printf 'Next: ./send_job.py --env %s\n' "$ENV"
 }
@@ -1800,7 +1907,7 @@ instances() {
 # parse_arguments ARG...: sets NAME, ID, ACTION (update, rebake or rollback), KEEP and the other options.
 parse_arguments() {
   local of_base="" of_fleet=""
-  NAME="" ID="" ACTION=update KEEP="" REBOOT=no-reboot WITH_OUTPUT=no WAIT=no MOVE_DATA=no YES=no
+  NAME="" ID="" ACTION=update KEEP="" REBOOT=no-reboot WITH_OUTPUT=no WAIT=no MOVE_DATA=no YES=no S3_TRIGGER=""
   while (($#)); do
     case $1 in
       --move-data | --yes) of_base=$1 ;;
@@ -1823,6 +1930,8 @@ parse_arguments() {
         ;;
       --reboot) REBOOT=reboot ;;
       --with-output) WITH_OUTPUT=yes ;;
+      --s3-trigger) S3_TRIGGER=yes ;;
+      --no-s3-trigger) S3_TRIGGER=no ;;
       --wait) WAIT=yes ;;
       -*) die "the option '$1' is not known: see --help" ;;
       *)
@@ -1863,6 +1972,7 @@ make_fleet() {
   ensure_profile
   ensure_image "$REBOOT"
   ensure_bucket
+  ensure_trigger
   [[ $ACTION == rollback ]] || copy_files "$WITH_OUTPUT" # going back is to be fast
   ensure_template
   ensure_group

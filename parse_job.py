@@ -7,6 +7,7 @@ file `env` beside it.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import hmac
 import ipaddress
@@ -18,6 +19,8 @@ import mimetypes
 import os
 import random
 import re
+import secrets
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,7 +29,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -37,6 +40,7 @@ from urllib.parse import urlsplit
 
 from comfy_utils import (
     HOOK_NAME,
+    OBJECT_INFO_KEY,
     Capacity,
     ComfyGoneError,
     ComfyStalledError,
@@ -46,10 +50,12 @@ from comfy_utils import (
     InvalidMessageError,
     InvalidWorkflowError,
     Job,
+    JobCancelledError,
     JobStoppedError,
     JobTimeoutError,
     Metadata,
     MetadataError,
+    NothingToRunError,
     OutputFile,
     QueueDepth,
     Settings,
@@ -57,6 +63,7 @@ from comfy_utils import (
     Workflow,
     WorkflowRefusedError,
     aws_client,
+    cancel_key,
     capacity_problem,
     check_workflow,
     error_code,
@@ -72,6 +79,7 @@ from comfy_utils import (
     raise_capacity,
     read_group,
     started_at,
+    use_inputs,
 )
 
 logger = logging.getLogger("parse_job")
@@ -130,6 +138,14 @@ PART_BYTES = 8 * 1024 * 1024
 COMMAND_OUTPUT_BYTES = 4096
 STOP_S = 3
 """So long the running job waits, when all are given back, for those behind it to be taken out of the queue."""
+CANCEL_S = 5
+"""How often it is looked whether a running job was cancelled."""
+FIRST_LOOK_S = 2
+"""So long a job waits for the first look, which mostly has answered before it is asked."""
+WORKFLOW_LIMIT_BYTES = 16 * 1024 * 1024
+"""A workflow from the bucket is read into memory."""
+INPUTS_LIMIT_S = 600
+"""So long may all inputs of a job take together, however slowly a server sends."""
 INTERRUPT_S = 60
 """An interrupt takes effect at the next node or sampler step; a node that takes longer is stuck."""
 
@@ -212,6 +228,7 @@ class Worker:
         self.queue_url = self.find_queue()
         logger.info("Worker on %s takes jobs from %s", self.instance_id, self.settings.sqs_name)
         self.look_at_lifecycle()
+        threading.Thread(target=self.store_object_info, daemon=True).start()
         lanes = [threading.Thread(target=self.work, name=f"lane {n + 1}", daemon=True) for n in range(LANES)]
         self.turned_at = {lane.name: time.monotonic() for lane in lanes}
         for lane in lanes:
@@ -330,13 +347,13 @@ class Worker:
         return max((time.monotonic() - since for since in list(self.running.values())), default=0.0)
 
     @contextmanager
-    def running_job(self, job_id: str, lease: Lease, *, alone: bool) -> Iterator[None]:
+    def running_job(self, job_id: str, lease: Lease, cancel: CancelWatch, *, alone: bool) -> Iterator[None]:
         """Workflows pass together, a command only when nothing else runs."""
         with self.turn:
             self.commands_waiting += alone
             try:
                 while self.command_runs or (self.workflows if alone else self.commands_waiting):
-                    if self.should_stop() or self.gives_back(lease):
+                    if cancel.should_stop() or self.gives_back(lease):
                         raise JobStoppedError
                     self.turn.wait(0.5)
             finally:
@@ -430,15 +447,20 @@ class Worker:
         result: Result | None = None
         ran: Ran | None = None
         try:
-            with self.putting_back(lease):
+            with self.putting_back(lease), CancelWatch(self.is_cancelled, self.should_stop) as cancel:
                 if self.gives_back(lease):
                     raise JobStoppedError
-                job, invalid = understand(message)
+                try:
+                    job, invalid = understand(message)
+                except NothingToRunError as reason:
+                    self.drop(lease, reason)
+                    return
                 self.claim(job.id, lease)
                 logger.info("Job %s: attempt %d", job.id, lease.attempt)
+                cancel.watch(job.id)
                 result = self.insist(lambda: self.stored_result(job.id))
                 if result is None:
-                    ran = self.run_job(job, invalid, lease)
+                    ran = self.run_job(job, invalid, lease, cancel)
                 else:
                     lease.stored = True
                     logger.info("Job %s has its result already: not run again", job.id)
@@ -479,6 +501,7 @@ class Worker:
                 self.insist(lambda: self.sqs.delete_message(QueueUrl=self.queue_url, ReceiptHandle=lease.receipt))
             lease.end()
             self.remove_local_files(job.id)
+            self.remove_inputs(job, result)
             self.let_go(lease)
             reason = f" ({result['error']['message']})" if result["error"] else ""
             logger.info("Job %s: %s%s", job.id, result["status"], reason)
@@ -556,37 +579,44 @@ class Worker:
             self.put_back(lease.message, delay_s=0)
             self.let_go(lease)
 
-    def run_job(self, job: Job, invalid: str | None, lease: Lease) -> Ran:
+    def run_job(self, job: Job, invalid: str | None, lease: Lease, cancel: CancelWatch) -> Ran:
         """Run the job to its end; raises PutBackError or JobStoppedError."""
         now = datetime.now(UTC)
         if invalid is not None:
             return Ran(now, error=job_error("invalid_message", invalid))
-        if job.command is not None:
-            with self.running_job(job.id, lease, alone=not self.settings.exec_cmd_beside):
-                now = datetime.now(UTC)
-                self.note_running(job.id)
-                values, error = self.run_command(job.id, job.command)
-                return Ran(now, values=values, error=error)
+        if cancel.came_first():
+            return Ran(now, error=job_error("cancelled", "the job was cancelled before its turn"))
+        progress: Progress | None = None
         try:
+            if job.command is not None:
+                with self.running_job(job.id, lease, cancel, alone=not self.settings.exec_cmd_beside):
+                    now = datetime.now(UTC)
+                    self.note_running(job.id)
+                    values, error = self.run_command(job.id, job.command, cancel.should_stop)
+                    return Ran(now, values=values, error=error)
             workflow = own_outputs(job.workflow or self.insist(lambda: self.fetch_workflow(job)), job.id)
-        except InvalidWorkflowError as reason:
-            return Ran(now, error=job_error("invalid_workflow", str(reason)))
-        progress = Progress(workflow, job.id, self.instance_id)
-        try:
-            with self.running_job(job.id, lease, alone=False):
+            workflow = self.fetch_inputs(job, workflow, cancel.should_stop)
+            progress = Progress(workflow, job.id, self.instance_id)
+            with self.running_job(job.id, lease, cancel, alone=False):
                 try:
-                    began_at, finished = self.run_workflow(job, workflow, progress, lease)
+                    began_at, finished = self.run_workflow(job, workflow, progress, lease, cancel)
                 except NeverStartedError:
                     # It stood behind another, which may have killed ComfyUI. To give it back would use up an attempt.
                     if not self.comfyui_comes_back(lease):
                         raise
                     logger.info("Job %s had not started: ComfyUI is back, once more", job.id)
-                    began_at, finished = self.run_workflow(job, workflow, progress, lease)
+                    began_at, finished = self.run_workflow(job, workflow, progress, lease, cancel)
+        except InvalidWorkflowError as reason:
+            return Ran(now, error=job_error("invalid_workflow", str(reason)))
         except WorkflowRefusedError as refused:
             return Ran(now, error=refused.error)
+        except JobCancelledError:
+            began_at = progress.started_at if progress else None
+            when = "while it ran" if began_at else "before its turn"
+            return Ran(began_at or now, error=job_error("cancelled", f"the job was cancelled {when}"))
         except JobTimeoutError:
             error = job_error("timeout", f"the job ran longer than JOB_TIMEOUT={self.settings.job_timeout_s} s")
-            return Ran(progress.started_at or now, error=error)
+            return Ran((progress and progress.started_at) or now, error=error)
         return Ran(began_at or progress.started_at or now, finished, error=error_of(finished.entry))
 
     def result_of(self, job: Job, ran: Ran, lease: Lease) -> Result:
@@ -615,6 +645,7 @@ class Worker:
             "values": values,
             "warnings": warnings,
             "error": error,
+            **({"source": job.source} if job.source else {}),
             "timings": {
                 "sent_at": iso(lease.sent_at),
                 "started_at": iso(ran.started_at),
@@ -632,7 +663,7 @@ class Worker:
             return True
 
     def run_workflow(
-        self, job: Job, workflow: Workflow, progress: Progress, lease: Lease
+        self, job: Job, workflow: Workflow, progress: Progress, lease: Lease, cancel: CancelWatch
     ) -> tuple[datetime | None, Finished]:
         """Run the workflow in ComfyUI; out of memory is tried once more on freed memory.
 
@@ -649,7 +680,7 @@ class Worker:
 
         def should_stop() -> bool:
             """Those behind it are taken out first, or they would begin to run."""
-            if not self.should_stop():
+            if not cancel.should_stop():
                 return False
             stopped_at.append(time.monotonic())
             is_first = job.id in self.running and self.workflows > len(self.running)
@@ -674,7 +705,7 @@ class Worker:
                         before_first_submit=lambda: self.remove_local_files(job.id),  # of a try cut short
                         again=again,
                     )
-                except JobTimeoutError:
+                except (JobTimeoutError, JobCancelledError):
                     self.await_free_executor(job.id)
                     raise
                 except ComfyGoneError as error:
@@ -697,7 +728,9 @@ class Worker:
             self.comfy_failures += since > self.comfy_failed_at
             self.comfy_failed_at = time.monotonic()
 
-    def run_command(self, job_id: str, command: str) -> tuple[dict[str, dict[str, Any]], dict[str, Any] | None]:
+    def run_command(
+        self, job_id: str, command: str, should_stop: Callable[[], bool]
+    ) -> tuple[dict[str, dict[str, Any]], dict[str, Any] | None]:
         """Run a shell command in a process group of its own; its output's last 4 KB go into the result."""
         allowed = self.settings.exec_cmd
         if allowed == "never" or (allowed == "base" and self.settings.env != "base"):
@@ -714,15 +747,18 @@ class Worker:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+            cancelled = False
             try:
                 while process.poll() is None:
-                    if self.should_stop():
+                    if should_stop():
                         raise JobStoppedError
                     if time.monotonic() > deadline:
                         break
                     time.sleep(0.05)
-                exit_code = process.poll()
+            except JobCancelledError:
+                cancelled = True
             finally:
+                exit_code = process.poll()
                 # The whole group, because a command's children must not outlive it.
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
@@ -730,6 +766,8 @@ class Worker:
             output.seek(max(0, output.seek(0, os.SEEK_END) - COMMAND_OUTPUT_BYTES))
             text = output.read().decode(errors="replace")
         values = {"command": {"exit_code": exit_code, "output": text}}
+        if cancelled:
+            return values, job_error("cancelled", "the command was cancelled while it ran")
         if exit_code is None:
             return values, job_error(
                 "timeout", f"the command ran longer than JOB_TIMEOUT={self.settings.job_timeout_s} s"
@@ -790,10 +828,16 @@ class Worker:
 
     def fetch_workflow(self, job: Job) -> Workflow:
         """The workflow of a message that only points to it."""
+        if job.source not in (None, f"s3://{self.settings.s3_bucket}/{job.workflow_key}"):
+            raise InvalidWorkflowError(f"{job.source} is not in this environment's bucket {self.settings.s3_bucket}")
         try:
-            body = self.s3.get_object(Bucket=self.settings.s3_bucket, Key=job.workflow_key)["Body"].read()
+            answer = self.s3.get_object(Bucket=self.settings.s3_bucket, Key=job.workflow_key)
         except self.s3.exceptions.NoSuchKey:
             raise InvalidWorkflowError(f"there is no {job.workflow_key} in {self.settings.s3_bucket}") from None
+        if answer["ContentLength"] > WORKFLOW_LIMIT_BYTES:
+            answer["Body"].close()
+            raise InvalidWorkflowError(f"{job.workflow_key} has more than {WORKFLOW_LIMIT_BYTES} bytes")
+        body = answer["Body"].read()
         try:
             return check_workflow(json.loads(body))
         except (ValueError, RecursionError):
@@ -864,8 +908,13 @@ class Worker:
 
     def object_size(self, key: str) -> int | None:
         """Bytes of an object in the bucket; None when there is none."""
+        head = self.head(key)
+        return None if head is None else int(head["ContentLength"])
+
+    def head(self, key: str) -> dict[str, Any] | None:
+        """What S3 says of an object in the bucket; None when there is none."""
         try:
-            return int(self.s3.head_object(Bucket=self.settings.s3_bucket, Key=key)["ContentLength"])
+            return dict(self.s3.head_object(Bucket=self.settings.s3_bucket, Key=key))
         except Exception as error:
             if error_code(error) in ("404", "NoSuchKey"):
                 return None
@@ -951,7 +1000,109 @@ class Worker:
         if reason:
             raise PutBackError(f"the callback of job {job.id} failed: {reason}")
 
+    # --- Cancelled, and nothing to run -------------------------------------------------------------------
+
+    def is_cancelled(self, job_id: str) -> bool:
+        """Whether the job's sender has cancelled it."""
+        return self.head(cancel_key(job_id)) is not None
+
+    def drop(self, lease: Lease, reason: Exception) -> None:
+        """Delete a message that asks for nothing."""
+        logger.info("Message %s asks for nothing: %s", lease.message_id, reason)
+        self.insist(lambda: self.sqs.delete_message(QueueUrl=self.queue_url, ReceiptHandle=lease.receipt))
+        lease.end()
+        self.let_go(lease)
+
+    # --- A job's inputs ----------------------------------------------------------------------------------
+
+    def fetch_inputs(self, job: Job, workflow: Workflow, should_stop: Callable[[], bool]) -> Workflow:
+        """Fetch the job's inputs and return the workflow with their names in ComfyUI's input folder.
+
+        Each run has a folder of its own, so that none touches what another reads: the same job may still be
+        running here after a restart, or on a worker that has lost its lease. Raises InvalidWorkflowError where it
+        would fail again, PutBackError where another try may help, and what `should_stop` asks for.
+        """
+        if not job.inputs:
+            return workflow
+        folder = f"jobs/{job.id}/{secrets.token_hex(4)}"
+        changed = use_inputs(workflow, {name: f"{folder}/{name}" for name in job.inputs})
+        path = self.settings.comfy_home / "ComfyUI/input" / folder
+        path.mkdir(parents=True)
+
+        def fetch_all() -> None:
+            for name, address in job.inputs.items():
+                self.fetch_input(name, address, path / name)
+
+        # A name that is long in resolving and a server that sends a byte now and then outlast any timeout.
+        within(INPUTS_LIMIT_S, fetch_all, should_stop)
+        return changed
+
+    def fetch_input(self, name: str, address: str, path: Path) -> None:
+        """Stream one input to `path`."""
+        limit = self.settings.input_limit_mb * 1_000_000
+        logger.info("Fetching the input %s", name)
+        with self.open_input(name, address) as chunks, path.open("xb") as out:
+            for chunk in chunks:
+                if out.tell() + len(chunk) > limit:
+                    raise InvalidWorkflowError(
+                        f"the input {name} is larger than INPUT_LIMIT_MB={self.settings.input_limit_mb}"
+                    )
+                out.write(chunk)
+
+    @contextmanager
+    def open_input(self, name: str, address: str) -> Iterator[Iterable[bytes]]:
+        """Open an http(s) or s3:// address. Addresses are not repeated in errors: they may hold a signature."""
+        if not address.startswith("s3://"):
+            with open_url(f"the input {name}", address) as chunks:
+                yield chunks
+            return
+        bucket, _, key = address.removeprefix("s3://").partition("/")
+        if bucket != self.settings.s3_bucket:
+            raise InvalidWorkflowError(
+                f"the input {name} is in the bucket {bucket}: the fleet reads its own, {self.settings.s3_bucket}"
+            )
+        try:
+            body = self.s3.get_object(Bucket=bucket, Key=key)["Body"]
+        except self.s3.exceptions.NoSuchKey:
+            raise InvalidWorkflowError(f"the input {name} is not there: {address:.200}") from None
+        with body:
+            yield body.iter_chunks(1 << 16)
+
+    def remove_inputs(self, job: Job, result: Result) -> None:
+        """Remove what was put into input/jobs/ for a job that has ended: the inputs of all its tries, its cancel."""
+        if job.inputs:
+            shutil.rmtree(self.settings.comfy_home / "ComfyUI/input/jobs" / job.id, ignore_errors=True)
+        if (result["error"] or {}).get("kind") == "cancelled":
+            try:
+                self.s3.delete_object(Bucket=self.settings.s3_bucket, Key=cancel_key(job.id))
+            except Exception as error:
+                logger.info("The cancel of job %s stays: %s", job.id, explain(error))
+
     # --- The instance ------------------------------------------------------------------------------------
+
+    def store_object_info(self) -> None:
+        """Store what this ComfyUI can do, unless it is stored already. Best effort, in a thread of its own."""
+        comfy = ComfyUI(self.settings.comfy_address)
+        try:
+            while not comfy.is_ready():
+                if self.stop.wait(1):
+                    return
+            text = json.dumps(comfy.object_info(), sort_keys=True).encode()
+            digest = hashlib.sha256(text).hexdigest()
+            stored = self.head(OBJECT_INFO_KEY)
+            if stored is not None and stored["Metadata"].get("sha256") == digest:
+                logger.info("The bucket knows what ComfyUI can do")
+                return
+            self.s3.put_object(
+                Bucket=self.settings.s3_bucket,
+                Key=OBJECT_INFO_KEY,
+                Body=gzip.compress(text),
+                ContentType="application/gzip",
+                Metadata={"sha256": digest},
+            )
+            logger.info("Stored what ComfyUI can do in %s", OBJECT_INFO_KEY)
+        except Exception as error:
+            logger.warning("What ComfyUI can do is not stored: %s", explain(error))
 
     def comfyui_answers(self) -> bool:
         """Whether ComfyUI answers, waiting for it as long as a poll takes: without it nothing is taken.
@@ -1506,6 +1657,49 @@ def understand(message: dict[str, Any]) -> tuple[Job, str | None]:
         return Job(reason.job_id or message["MessageId"], callback_url=reason.callback_url), str(reason)
 
 
+class CancelWatch:
+    """Looks in a thread of its own whether a job was cancelled: at once, beside the first look for its receipt,
+    which makes it cost no time, and then every CANCEL_S until the with-block ends."""
+
+    def __init__(self, is_cancelled: Callable[[str], bool], should_stop: Callable[[], bool]) -> None:
+        self._is_cancelled = is_cancelled
+        self._should_stop = should_stop
+        self._looked = threading.Event()
+        self._cancelled = False
+        self._done = threading.Event()
+
+    def __enter__(self) -> CancelWatch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+
+    def watch(self, job_id: str) -> None:
+        """Begin."""
+        threading.Thread(target=self._watch, args=(job_id,), daemon=True).start()
+
+    def came_first(self) -> bool:
+        """Whether the job was cancelled before it was to run. A look that fails or hangs keeps no job waiting."""
+        self._looked.wait(FIRST_LOOK_S)
+        return self._cancelled
+
+    def should_stop(self) -> bool:
+        """Whether the job is to be given back at once. Raises JobCancelledError once it is cancelled."""
+        if self._cancelled:
+            raise JobCancelledError
+        return self._should_stop()
+
+    def _watch(self, job_id: str) -> None:
+        while not self._cancelled:
+            try:
+                self._cancelled = self._is_cancelled(job_id)
+            except Exception as error:
+                logger.warning("Looks for a cancel again in %d s: %s", CANCEL_S, explain(error))
+            self._looked.set()
+            if self._done.wait(CANCEL_S):
+                return
+
+
 class Lease:
     """Holds one received message: extends its visibility, in a thread of its own, well before it runs out."""
 
@@ -1715,6 +1909,98 @@ def every(seconds: float, action: Callable[[], None]) -> Iterator[None]:
         thread.join(1)
 
 
+def within(limit_s: float, action: Callable[[], object], should_stop: Callable[[], bool]) -> None:
+    """Run `action` in a thread of its own and raise what it raises.
+
+    Raises PutBackError when it takes longer than `limit_s`, JobStoppedError when it is to stop; it is then left to
+    itself.
+    """
+    raised: list[Exception] = []
+    done = threading.Event()
+
+    def run() -> None:
+        try:
+            action()
+        except Exception as error:
+            raised.append(error)
+        done.set()
+
+    threading.Thread(target=run, daemon=True).start()
+    limit = time.monotonic() + limit_s
+    while not done.wait(0.1):
+        if should_stop():
+            raise JobStoppedError
+        if time.monotonic() > limit:
+            raise PutBackError(f"the inputs have not come within {limit_s:.0f} s")
+    if raised:
+        raise raised[0]
+
+
+@contextmanager
+def open_url(what: str, url: str) -> Iterator[Iterable[bytes]]:
+    """Open an http(s) address that came with a message, for reading as it comes.
+
+    Raises InvalidWorkflowError where another try would fail as well, PutBackError where it may help. No error repeats
+    the address, which may be signed.
+    """
+    import requests
+
+    try:
+        refuse_link_local(url)
+        with guarded_session() as session:
+            answer = session.get(url, timeout=(5, 30), allow_redirects=False, stream=True)
+            if answer.status_code in (408, 425, 429) or answer.status_code >= 500:
+                raise PutBackError(f"{what} does not come: it was answered with HTTP {answer.status_code}")
+            if answer.status_code != 200:
+                redirect = ", and redirects are not followed" if answer.is_redirect else ""
+                raise InvalidWorkflowError(f"{what} was answered with HTTP {answer.status_code}{redirect}")
+            yield answer.iter_content(1 << 16)
+    except (
+        requests.ConnectionError,
+        requests.Timeout,
+        requests.exceptions.ChunkedEncodingError,
+        socket.gaierror,
+    ) as error:
+        raise PutBackError(f"{what} does not come: {type(error).__name__} at {urlsplit(url).hostname}") from None
+    except LinkLocalError as error:
+        raise InvalidWorkflowError(f"{what} is refused: {error}") from None
+    except (requests.RequestException, ValueError):
+        raise InvalidWorkflowError(f"{what} has an address that cannot be read from") from None
+
+
+def guarded_session() -> Any:
+    """A requests session for addresses that came with a message.
+
+    It looks where each connection has led before anything is sent over it, because a name may resolve to something
+    else by then than it did when it was checked. Behind a proxy, which looks names up by itself, it sees the proxy.
+    """
+    import requests
+    from requests.adapters import HTTPAdapter
+    from urllib3 import HTTPConnectionPool, HTTPSConnectionPool
+    from urllib3.connection import HTTPConnection, HTTPSConnection
+
+    class GuardedHttp(HTTPConnection):
+        def _new_conn(self) -> socket.socket:
+            return refuse_connection(super()._new_conn())
+
+    class GuardedHttps(HTTPSConnection):
+        def _new_conn(self) -> socket.socket:
+            return refuse_connection(super()._new_conn())
+
+    class HttpPool(HTTPConnectionPool):
+        ConnectionCls = GuardedHttp
+
+    class HttpsPool(HTTPSConnectionPool):
+        ConnectionCls = GuardedHttps
+
+    adapter = HTTPAdapter()
+    adapter.poolmanager.pool_classes_by_scheme = {"http": HttpPool, "https": HttpsPool}
+    session = requests.Session()
+    session.mount("http://", adapter)
+    session.mount("https://", adapter)
+    return session
+
+
 def post_result(url: str, result: Result, secret: str) -> str:
     """POST a result, signed; returns why it was not accepted, "" when it was."""
     import requests
@@ -1729,23 +2015,43 @@ def post_result(url: str, result: Result, secret: str) -> str:
     }
     try:
         refuse_link_local(url)
-        answer = requests.post(url, data=body, headers=headers, timeout=(3, 10), allow_redirects=False, stream=True)
-        answer.close()
+        with guarded_session() as session:
+            answer = session.post(
+                url, data=body, headers=headers, timeout=(3, 10), allow_redirects=False, stream=True
+            )
     except (requests.RequestException, OSError, ValueError) as error:
         return str(error)
     return "" if 200 <= answer.status_code < 300 else f"it was answered with HTTP {answer.status_code}"
 
 
+class LinkLocalError(ValueError):
+    """An address from a message leads to where instance metadata lives."""
+
+
 def refuse_link_local(url: str) -> None:
-    """Raise ValueError for an address where instance metadata lives."""
+    """Raise LinkLocalError for an address where instance metadata lives, ValueError for one that is not http(s)."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError(f"{url!r:.100} is no http(s) address")
     for *_, address in socket.getaddrinfo(parts.hostname, parts.port or 80, proto=socket.IPPROTO_TCP):
-        ip = ipaddress.ip_address(re.sub(r"%.*", "", str(address[0])))
-        mapped = getattr(ip, "ipv4_mapped", None) or ip
-        if mapped.is_link_local or mapped == ipaddress.ip_address("fd00:ec2::254"):
-            raise ValueError(f"{parts.hostname} is a link-local address: callbacks never go there")
+        if is_link_local(str(address[0])):
+            raise LinkLocalError(f"{parts.hostname} is a link-local address: nothing from a message leads there")
+
+
+def refuse_connection(connection: socket.socket) -> socket.socket:
+    """Return a connection, unless it has led to where instance metadata lives."""
+    address = str(connection.getpeername()[0])
+    if is_link_local(address):
+        connection.close()
+        raise LinkLocalError(f"{address} is a link-local address: nothing from a message leads there")
+    return connection
+
+
+def is_link_local(address: str) -> bool:
+    """Whether instance metadata may live at this IP address."""
+    ip = ipaddress.ip_address(re.sub(r"%.*", "", address))
+    mapped = getattr(ip, "ipv4_mapped", None) or ip
+    return mapped.is_link_local or mapped == ipaddress.ip_address("fd00:ec2::254")
 
 
 def remove_folder(folder: Path) -> None:

@@ -493,7 +493,9 @@ class LocalCloud:
                 body = self._await_message(json.loads(body), environ["werkzeug.socket"])
                 environ.update({"wsgi.input": io.BytesIO(body), "CONTENT_LENGTH": str(len(body))})
             # Moto's SQS loses messages and its S3 overwrites objects when two calls come at the same moment.
-            lock = self._sqs_lock if service == "sqs" else self._s3_lock if "HTTP_IF_NONE_MATCH" in environ else None
+            # A file that comes into input/jobs/ may be a message, too.
+            is_sent = service == "sqs" or "/input/jobs/" in environ["PATH_INFO"]
+            lock = self._sqs_lock if is_sent else self._s3_lock if "HTTP_IF_NONE_MATCH" in environ else None
             with lock or nullcontext():
                 return [b"".join(self._moto(environ, start_response))]
 

@@ -30,7 +30,8 @@ WRONGLY FAILED       a job that can succeed has a receipt that says `failed`, or
 IN DLQ WRONGLY       any other message there
 CALLBACKS WRONG      a job with a callback_url, its message gone, without an accepted, signed callback whose
                      body is the receipt
-STRAY FILES          an object in the bucket outside models/, input/ and the output/ of a job or instance
+STRAY FILES          an object in the bucket outside models/, input/ and the output/ of a job or instance, but for
+                     output/object_info.json.gz
 STILL IN QUEUE       a message that was not settled within the limit of two minutes and a second for each job
 recovery             from a fault that interrupted a job to that job's receipt
 
@@ -758,7 +759,7 @@ class Audit:
 
     def look_for_strays(self) -> None:
         """Nobody may write outside the folders of jobs and instances."""
-        folders = {job.id for job in self.soak.jobs} | set(self.cloud.machines)
+        folders = {job.id for job in self.soak.jobs} | set(self.cloud.machines) | {"object_info.json.gz"}
         for key in self.objects:
             top, _, rest = key.partition("/")
             if top not in ("models", "input") and not (top == "output" and rest.split("/")[0] in folders):

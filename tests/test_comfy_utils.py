@@ -23,16 +23,19 @@ from comfy_utils import (
     JobTimeoutError,
     Metadata,
     MetadataError,
+    NothingToRunError,
     QueueDepth,
     SettingsError,
     WorkflowRefusedError,
     desired_capacity,
     error_of,
     explain_node_errors,
+    is_job_id,
     load_settings,
     outputs_of,
     own_outputs,
     parse_message,
+    use_inputs,
 )
 
 RECORDINGS = json.loads((TESTS / "recordings.json").read_text())
@@ -190,6 +193,127 @@ def test_what_is_no_job_is_refused_with_a_reason(body: str, said: str) -> None:
         parse_message(body, MESSAGE_ID)
     assert said in str(error.value)
     assert len(str(error.value)) < 300
+
+
+# --- Inputs, and what S3 tells -------------------------------------------------------------------------------
+
+LOADS: dict[str, Any] = {"1": {"class_type": "LoadImage", "inputs": {"image": "photo.png"}}}
+
+
+@pytest.mark.parametrize("name", ["photo.png", "写真 1 (2).png", "no-ending", "a" * 200])
+@pytest.mark.parametrize("address", ["https://x/y.png?z=1", "http://x", "s3://bucket/some key.png"])
+def test_inputs_have_a_name_and_an_address(name: str, address: str) -> None:
+    job = parse_message(json.dumps({"prompt": LOADS, "inputs": {name: address}}), MESSAGE_ID)
+    assert job == Job(MESSAGE_ID, workflow=LOADS, inputs={name: address})
+
+
+@pytest.mark.parametrize(
+    ("inputs", "said"),
+    [
+        (["https://x"], "inputs is no object"),
+        ({f"{n}.png": "https://x" for n in range(101)}, "inputs is no object of at most 100"),
+        *(
+            ({name: "https://x"}, "inputs has the name")
+            for name in (
+                "",
+                ".",
+                "..",
+                "../x",
+                "a/b",
+                "a\\b",
+                "/x",
+                ".hidden",
+                "x\n",
+                "x\0",
+                "\ud800",
+                "é" * 101,
+                "x [output]",
+            )
+        ),
+        *(
+            ({"x": address}, "the input 'x' has no http(s):// or s3://bucket/key address")
+            for address in ("", "x.png", "file:///etc/passwd", "s3://bucket", "s3:///key", None, 7, ["https://x"])
+        ),
+    ],
+)
+def test_other_inputs_are_refused(inputs: object, said: str) -> None:
+    with pytest.raises(InvalidMessageError) as error:
+        parse_message(json.dumps({"prompt": LOADS, "job_id": JOB_ID, "inputs": inputs}), MESSAGE_ID)
+    assert said in str(error.value)
+    assert error.value.job_id == JOB_ID
+
+
+def test_a_command_has_no_inputs() -> None:
+    with pytest.raises(InvalidMessageError, match="for workflows only"):
+        parse_message('{"exec_cmd": "ls", "inputs": {"x": "https://x"}}', MESSAGE_ID)
+
+
+def test_the_workflow_gets_the_names_that_its_inputs_have_here() -> None:
+    workflow = {"1": LOADS["1"], "2": {"class_type": "X", "inputs": {"a": ["1", 0], "b": "photo.png2", "c": 1}}}
+    changed = use_inputs(workflow, {"photo.png": "jobs/x/photo.png"})
+    assert changed["1"]["inputs"]["image"] == "jobs/x/photo.png"
+    assert changed["2"] == workflow["2"]
+    assert workflow["1"]["inputs"]["image"] == "photo.png", "the original is left alone"
+    with pytest.raises(InvalidWorkflowError, match="no node has an input of that value"):
+        use_inputs(workflow, {"photo.png": "a", "foto.png": "b"})
+
+
+def event(key: object = "input/jobs/x.json", name: str = "ObjectCreated:Put", sequencer: str = "0055AED6") -> Any:
+    """S3's message, shortened."""
+    file = {"key": key, "size": 1024, "eTag": "d41d8cd98f00b204e9800998ecf8427e", "sequencer": sequencer}
+    s3 = {"s3SchemaVersion": "1.0", "bucket": {"name": "b", "arn": "arn:aws:s3:::b"}, "object": file}
+    return {"eventVersion": "2.1", "eventName": name, "eventTime": "2026-01-01T00:00:00.000Z", "s3": s3}
+
+
+def test_a_file_that_came_into_the_bucket_is_a_job_with_the_events_id() -> None:
+    first, again, later = (
+        parse_message(
+            json.dumps({"Records": [event("input/jobs/a+b/%C3%A9%2B1.json", sequencer=number)]}), MESSAGE_ID
+        )
+        for number in ("1", "1", "2")
+    )
+    assert first == again
+    assert first.workflow_key == "input/jobs/a b/é+1.json"
+    assert first.source == "s3://b/input/jobs/a b/é+1.json"
+    assert is_job_id(first.id)
+    assert first.id not in (later.id, MESSAGE_ID)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"Service": "Amazon S3", "Event": "s3:TestEvent", "Time": "2026-01-01T00:00:00.000Z", "Bucket": "b"},
+        {"Records": []},
+        *(
+            {"Records": [event(key)]}
+            for key in (
+                f"input/jobs/{JOB_ID}.json",
+                f"input/jobs/{JOB_ID}/1f/data.json",
+                f"output/{JOB_ID}/result.json",
+                "input/jobs/photo.png",
+            )
+        ),
+        {"Records": [event(name="ObjectRemoved:Delete")]},
+    ],
+)
+def test_messages_that_ask_for_nothing(message: object) -> None:
+    with pytest.raises(NothingToRunError):
+        parse_message(json.dumps(message), MESSAGE_ID)
+
+
+@pytest.mark.parametrize(
+    ("records", "said"),
+    [
+        ([event(), event()], "tells of 2 files"),
+        (["x"], "no S3 event"),
+        ([{"eventName": "ObjectCreated:Put"}], "no S3 event"),
+        ([event(key=7)], "no S3 event"),
+        ([event(key="\ud800")], "no S3 event"),
+    ],
+)
+def test_what_looks_like_an_event_and_is_none(records: list[Any], said: str) -> None:
+    with pytest.raises(InvalidMessageError, match=said):
+        parse_message(json.dumps({"Records": records}), MESSAGE_ID)
 
 
 def test_the_sender_of_what_is_no_job_hears_of_it() -> None:

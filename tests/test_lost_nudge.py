@@ -112,6 +112,7 @@ def test_nobody_waits_for_ever(cloud: LocalCloud, tmp_path: Path, monkeypatch: p
     check_a_sender_that_dies_before_it_has_nudged(fleet)
     for moment in ("before its last look", "after its last look"):
         check_a_message_that_finds_the_last_worker_on_its_way_out(fleet, moment)
+    check_a_workflow_that_is_dropped_into_the_bucket(fleet)
     check_an_environment_is_removed_while_jobs_run(fleet)
 
 
@@ -186,6 +187,17 @@ def check_a_message_that_finds_the_last_worker_on_its_way_out(fleet: Fleet, mome
     assert (result["job_id"], result["status"]) == (job_id, "succeeded")
     assert result["instance_id"] != first["instance_id"]
     fleet.await_nobody()
+
+
+def check_a_workflow_that_is_dropped_into_the_bucket(fleet: Fleet) -> None:
+    before = set(fleet.results())
+    bucket, key = f"{fleet.prefix}-{ACCOUNT_ID}-{REGION}-pro", "input/jobs/poster.json"
+    fleet.run("./create_env.sh", "pro", "--s3-trigger")
+    fleet.s3.put_object(Bucket=bucket, Key=key, Body=json.dumps(image_workflow()).encode())
+    result = fleet.await_one_more(before)
+    assert (result["status"], result["source"]) == ("succeeded", f"s3://{bucket}/{key}")
+    fleet.await_nobody()
+    assert fleet.waiting() == [0, 0], "S3's test event is deleted quietly"
 
 
 def check_an_environment_is_removed_while_jobs_run(fleet: Fleet) -> None:

@@ -218,6 +218,7 @@ def test_the_same_message_at_two_instances_gives_one_receipt(make_site: Callable
     for site in (first, second):
         site.start_comfyui()
         site.start_worker()
+    await_that("both work", lambda: all("takes jobs from" in site.log() for site in (first, second)))
     job_id = new_job_id()
     for _ in range(2):
         first.send({"prompt": image_workflow(2), "job_id": job_id})
