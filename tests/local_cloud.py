@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import configparser
+import functools
 import io
 import json
 import logging
@@ -43,6 +44,7 @@ import local_iam
 from moto.autoscaling.models import InstanceState
 from moto.backends import get_backend
 from moto.core.exceptions import ServiceException
+from moto.ec2.models.instances import Instance
 from moto.ec2.models.launch_templates import LaunchTemplateVersion
 from moto.ec2.utils import parse_user_data
 from moto.iam.access_control import PermissionResult
@@ -1107,6 +1109,20 @@ def alarm_state(alarm: Any, points: Sequence[float | None]) -> str:
         return "ALARM" if all(known) else "OK"
     states = {"notBreaching": "OK", "breaching": "ALARM", "ignore": alarm.state_value}
     return str(states.get(alarm.treat_missing_data, "INSUFFICIENT_DATA"))
+
+
+def keep_the_images_volume(add_block_device: Callable[..., None]) -> Callable[..., None]:
+    """Moto refuses a template's volume without size and snapshot; on AWS it is the image's, and here it is there."""
+
+    @functools.wraps(add_block_device)
+    def add(self: Any, size: Any, device_path: str, snapshot_id: Any = None, *args: Any, **kwargs: Any) -> None:
+        if size is not None or snapshot_id is not None:
+            add_block_device(self, size, device_path, snapshot_id, *args, **kwargs)
+
+    return add
+
+
+Instance.add_block_device = keep_the_images_volume(Instance.add_block_device)  # type: ignore[method-assign]
 
 
 def is_error(answer: bytes) -> bool:

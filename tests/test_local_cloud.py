@@ -149,6 +149,20 @@ def test_an_instance_that_ec2_ends_is_replaced_when_there_is_capacity(quick_clou
     assert group_of(quick_cloud, fleet.name)["Instances"][0]["InstanceId"] != before["InstanceId"]
 
 
+def test_a_template_may_set_a_volume_of_the_image_without_its_size(quick_cloud: LocalCloud) -> None:
+    fleet = Fleet(quick_cloud)
+    volume = {"DeviceName": "/dev/sda1", "Ebs": {"VolumeInitializationRate": 200, "DeleteOnTermination": True}}
+    fleet.ec2.create_launch_template_version(
+        LaunchTemplateName=fleet.name, SourceVersion="1", LaunchTemplateData={"BlockDeviceMappings": [volume]}
+    )
+    fleet.ec2.modify_launch_template(LaunchTemplateName=fleet.name, DefaultVersion="2")
+    fleet.want(1)
+    assert fleet.states() == ["InService"]
+    (instance,) = group_of(quick_cloud, fleet.name)["Instances"]
+    found = fleet.ec2.describe_instances(InstanceIds=[instance["InstanceId"]])["Reservations"][0]["Instances"][0]
+    assert [device["DeviceName"] for device in found["BlockDeviceMappings"]] == ["/dev/sda1"]
+
+
 @pytest.mark.parametrize("way", ["set desired", "update desired", "update maximum"])
 def test_an_operator_that_lowers_takes_no_protected_instance(quick_cloud: LocalCloud, way: str) -> None:
     fleet = Fleet(quick_cloud, DesiredCapacity=2)
