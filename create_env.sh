@@ -439,10 +439,10 @@ bucket_owner() {
 
 # --- S3 trigger ------------------------------------------------------------------------------
 
-# look_at_trigger WANTED: sets S3_TRIGGER: yes, no, or empty where nobody asked and there is none. One
+# look_at_trigger ASKED: sets S3_TRIGGER: yes, no, or empty where nobody asked and there is none. One
 # that is found stays, so that it need not be asked for each time. Sets TRIGGER_FOUND for ensure_trigger.
 look_at_trigger() {
-  local wanted=$1 answer
+  local asked=$1 answer
   if answer=$(aws s3api get-bucket-notification-configuration --bucket "$S3_BUCKET" \
     --expected-bucket-owner "$ACCOUNT_ID" \
     --query "QueueConfigurations[?Id=='$TRIGGER_ID'].join(' ', [QueueArn, join(' ', Events),
@@ -454,7 +454,7 @@ look_at_trigger() {
   else
     die "cannot look at the events of the bucket $S3_BUCKET:$(one_line "$answer")"
   fi
-  S3_TRIGGER=$wanted
+  S3_TRIGGER=$asked
   [[ -n $S3_TRIGGER || $TRIGGER_FOUND == None ]] || S3_TRIGGER=yes
 }
 
