@@ -133,7 +133,7 @@ def test_everything_of_the_environment_goes_and_nothing_else(bundle: Bundle, aws
     assert lost in shown
     assert "to be removed, with 1 instance\r\n" in shown
     assert "to be removed, with 2 messages waiting and 1 being worked on" in shown
-    assert "to be removed, with 3 files or versions, 56B" in shown
+    assert "to be removed, with 3 files or versions, 58B" in shown
     assert "removed, and 4 files or versions in it" in shown
     assert shown.rstrip().endswith("Nothing is left of the environment pro.")
     assert aws.everything("pro") == {}
