@@ -1911,7 +1911,7 @@ parse_arguments() {
   while (($#)); do
     case $1 in
       --move-data | --yes) of_base=$1 ;;
-      --rebake | --rollback | --keep | --reboot | --with-output | --wait) of_fleet=$1 ;;
+      --rebake | --rollback | --keep | --reboot | --with-output | --s3-trigger | --no-s3-trigger | --wait) of_fleet=$1 ;;
     esac
     case $1 in
       -h | --help) usage && exit ;;
