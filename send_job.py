@@ -1010,7 +1010,7 @@ def run_dead(sender: Sender) -> int:
         job_id, kind = job_of(message)
         print(f"  {job_id}  {kind}, sent {sent_at(message):%Y-%m-%d %H:%M} UTC")
         reason, log = stories.get(message["MessageId"], ("", ""))
-        result = None
+        result: Receipt | None = None
         with suppress(Exception):
             result = read_result(s3, settings.s3_bucket, job_id)
         if not reason:

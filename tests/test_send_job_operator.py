@@ -311,7 +311,7 @@ def test_a_job_without_result_is_left_out(make_site: Callable[..., Site]) -> Non
         (["--report", "x/../y"], "that is no job id"),
         (["--report", new_job_id(), "--price", "-1"], "--price -1"),
         (["--fleet", "--dead"], "not allowed with"),
-        (["--watch"], "belong to --fleet"),
+        (["--watch"], "to --fleet: add it"),
         (["--dead", "--yes"], "belongs to --purge-dead"),
         (["x.json", "--redrive"], "send no job"),
         (["--dead", "--exec-cmd", "true"], "send no job"),
