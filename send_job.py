@@ -968,7 +968,8 @@ def tell_instances(fleet: dict[str, Any]) -> str:
     """`2 of 2 wanted (0 to 20): 1 busy, 1 booting; $2.42 an hour`."""
     group, there = fleet["group"], fleet["instances"]
     if group is None:
-        return "no group seen: scaling is off, or it is not allowed to look"
+        refused = any("autoscaling" in each for each in fleet["not_seen"])
+        return "not seen" if refused else "there is no group: scaling is off"
     told = f"{len(there)} there, {group['wanted']} wanted ({group['least']} to {group['most']})"
     if there:
         told += ": " + ", ".join(f"{n} {state}" for state, n in Counter(each["state"] for each in there).items())
