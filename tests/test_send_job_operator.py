@@ -145,7 +145,7 @@ def test_no_price_is_invented() -> None:
     assert send_job.price_of("p9.huge", "us-west-2") is None
 
 
-EVIL = "</p><script>alert(1)</script><img src=x onerror=alert(1)>\"' style='x' &amp; \0\x1b\ud800 \ufffe 日本"
+EVIL = "</p><script>alert(1)</script><img src=x onerror=alert(1)>\"' style='x' &amp; \0\x1b\ud800 \ufffe 日本<\""
 
 
 def test_what_others_have_written_is_text() -> None:
