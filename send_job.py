@@ -1735,7 +1735,8 @@ def tell_instances(fleet: dict[str, Any]) -> str:
     """`2 of 2 wanted (0 to 20): 1 busy, 1 booting; $2.42 an hour`."""
     group, there = fleet["group"], fleet["instances"]
     if group is None:
-        return "no group seen: scaling is off, or it is not allowed to look"
+        refused = any("autoscaling" in each for each in fleet["not_seen"])
+        return "not seen" if refused else "there is no group: scaling is off"
     told = f"{len(there)} there, {group['wanted']} wanted ({group['least']} to {group['most']})"
     if there:
         told += ": " + ", ".join(f"{n} {state}" for state, n in Counter(each["state"] for each in there).items())
@@ -1777,7 +1778,7 @@ def run_dead(sender: Sender) -> int:
         job_id, kind = job_of(message)
         print(f"  {job_id}  {kind}, sent {sent_at(message):%Y-%m-%d %H:%M} UTC")
         reason, log = stories.get(message["MessageId"], ("", ""))
-        result = None
+        result: Receipt | None = None
         with suppress(Exception):
             result = read_result(s3, settings.s3_bucket, job_id)
         if not reason:
@@ -1973,107 +1974,6 @@ class Life(NamedTuple):
     price: float | None = None
 
 
-def price_of(instance_type: str, region: str) -> float | None:
-    """USD per hour on demand; None where it is not known."""
-    return PRICES_USD_H.get(instance_type) if region in PRICE_REGIONS else None
-
-
-def made_from(png: bytes) -> tuple[str, str]:
-    """Prompt and seeds of a PNG as ComfyUI saves it, with the workflow in its tEXt chunk `prompt`; "" without."""
-    place = 8
-    while png[place + 4 : place + 8] not in (b"", b"IDAT"):
-        size = int.from_bytes(png[place : place + 4], "big")
-        if png[place + 4 : place + 8] == b"tEXt":
-            keyword, _, text = png[place + 8 : place + 8 + size].partition(b"\0")
-            if keyword == b"prompt":
-                with suppress(ValueError, RecursionError, InvalidWorkflowError):
-                    return prompt_and_seed(check_workflow(json.loads(text)))
-        place += size + 12
-    return "", ""
-
-
-def prompt_and_seed(workflow: Workflow) -> tuple[str, str]:
-    """The texts that stand in a workflow, but for negative ones, and its seeds."""
-    inputs = {node_id: node.get("inputs", {}) for node_id, node in workflow.items()}
-    links = [each["negative"] for each in inputs.values() if isinstance(each.get("negative"), list)]
-    negative = {str(link[0]) for link in links if link}
-    texts = [each.get("text") for node_id, each in inputs.items() if node_id not in negative]
-    seeds = [each.get(name) for each in inputs.values() for name in ("seed", "noise_seed")]
-    prompt = "\n".join(text.strip() for text in texts if isinstance(text, str) and text.strip())
-    return prompt, ", ".join(str(seed) for seed in seeds if type(seed) is int)
-
-
-def moment(text: str) -> float:
-    """An ISO 8601 time as seconds since 1970."""
-    return datetime.fromisoformat(text).timestamp()
-
-
-def plain(value: object) -> str:
-    """Anything as text in HTML: it may come from a prompt, a node or a message, so from anybody."""
-    from html import escape
-
-    text = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffe\uffff]", "", str(value))
-    return escape(text.encode("utf-8", "replace").decode())
-
-
-def duration(seconds: float) -> str:
-    """`3.2 s`, `4 min 5 s`, `2 h 3 min`."""
-    if seconds < 100:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def round_time(seconds: float) -> str:
-    """`75 s`, `2 min`, `1.5 h` for a round number of seconds."""
-    for size, unit in ((3600, "h"), (60, "min")):
-        if seconds >= size and seconds * 2 % size == 0:
-            return f"{seconds / size:g} {unit}"
-    return f"{seconds:g} s"
-
-
-def usd(amount: float) -> str:
-    """`$1.21`, `$0.0404`."""
-    return f"${amount:,.2f}" if amount >= 1 else f"${amount:.4f}"
-
-
-def percentile(values: Iterable[float], share: float) -> float:
-    """The value that this share of the values does not exceed."""
-    ordered = sorted(values)
-    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
-
-
-class Span(NamedTuple):
-    """The stretch of time that a page shows."""
-
-    begin: float
-    end: float
-
-    def at(self, seconds: float) -> float:
-        """Where a moment is, in percent."""
-        return 100 * (min(max(seconds, self.begin), self.end) - self.begin) / (self.end - self.begin)
-
-    def ticks(self) -> Iterator[float]:
-        """At most seven round numbers of seconds since the beginning."""
-        long = self.end - self.begin
-        steps = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 43200)
-        step = next((step for step in steps if step * 6.5 >= long), math.ceil(long / 6 / 86400) * 86400)
-        return (float(step * number) for number in range(int(long / step) + 1))
-
-    def area(self, changes: Sequence[tuple[float, int]], highest: int, kind: str) -> str:
-        """An SVG path of a number that changes in steps, in a box of 100 by 100."""
-        path, level = "M0,100", 0
-        for when, change in sorted(changes):
-            level += change
-            path += f"H{self.at(when):.2f}V{100 - 100 * level / max(1, highest):.2f}"
-        return f'<path class="{kind}" d="{path}H100V100Z" />'
-
-
-def peak(changes: Iterable[tuple[float, int]]) -> int:
-    """The highest number that such changes lead to."""
-    return max(itertools.accumulate((change for _, change in sorted(changes)), initial=0))
-
-
 def run_report(sender: Sender, job_ids: Sequence[str], page: Path, price: float | None) -> int:
     """Draw the page of these jobs; returns the exit code."""
     settings = sender.settings
@@ -2155,7 +2055,8 @@ def read_lives(
     with suppress(Exception):
         pages = autoscaling.get_paginator("describe_scaling_activities")
         for activity in itertools.chain.from_iterable(
-            page["Activities"] for page in pages.paginate(AutoScalingGroupName=settings.asg_name)
+            page["Activities"]
+            for page in pages.paginate(AutoScalingGroupName=settings.asg_name, PaginationConfig={"MaxItems": 10_000})
         ):
             match = re.match(r"(Launching a new|Terminating) EC2 instance: (\S+)", activity["Description"])
             if not match or match[2] not in lives:
@@ -2325,9 +2226,10 @@ def draw_chart(jobs: Sequence[Ran], lanes: Sequence[Lane], span: Span) -> str:
         if lane.ready > lane.begin:
             bars.append(f'<span class="life booting" style="{boot}" title="booting, {duration(lane.ready - lane.begin)}"></span>')  # fmt: skip
         bars += [draw_bar(job, span) for job in lane.jobs]
-        instance = plain(lane.instance_id)
+        name = lane.instance_id
         drawn.append(
-            f'<div class="row"><div class="name" title="{instance}"><code><span>{instance[:-5]}</span>{instance[-5:]}</code>'
+            f'<div class="row"><div class="name" title="{plain(name)}">'
+            f"<code><span>{plain(name[:-5])}</span>{plain(name[-5:])}</code>"
             f'<small>{count(len(lane.jobs), "job")}</small></div><div class="plot">{"".join(bars)}</div></div>'
         )
     ticks = [
@@ -2378,6 +2280,107 @@ def draw_card(job: Ran, pictures: Sequence[Picture]) -> str:
         f'<p class="times">{job.times()}</p>'
         f"<dl>{listed}</dl></article>"
     )
+
+
+def price_of(instance_type: str, region: str) -> float | None:
+    """USD per hour on demand; None where it is not known."""
+    return PRICES_USD_H.get(instance_type) if region in PRICE_REGIONS else None
+
+
+def made_from(png: bytes) -> tuple[str, str]:
+    """Prompt and seeds of a PNG as ComfyUI saves it, with the workflow in its tEXt chunk `prompt`; "" without."""
+    place = 8
+    while png[place + 4 : place + 8] not in (b"", b"IDAT"):
+        size = int.from_bytes(png[place : place + 4], "big")
+        if png[place + 4 : place + 8] == b"tEXt":
+            keyword, _, text = png[place + 8 : place + 8 + size].partition(b"\0")
+            if keyword == b"prompt":
+                with suppress(ValueError, RecursionError, InvalidWorkflowError):
+                    return prompt_and_seed(check_workflow(json.loads(text)))
+        place += size + 12
+    return "", ""
+
+
+def prompt_and_seed(workflow: Workflow) -> tuple[str, str]:
+    """The texts that stand in a workflow, but for negative ones, and its seeds."""
+    inputs = {node_id: node.get("inputs", {}) for node_id, node in workflow.items()}
+    links = [each["negative"] for each in inputs.values() if isinstance(each.get("negative"), list)]
+    negative = {str(link[0]) for link in links if link}
+    texts = [each.get("text") for node_id, each in inputs.items() if node_id not in negative]
+    seeds = [each.get(name) for each in inputs.values() for name in ("seed", "noise_seed")]
+    prompt = "\n".join(text.strip() for text in texts if isinstance(text, str) and text.strip())
+    return prompt, ", ".join(str(seed) for seed in seeds if type(seed) is int)
+
+
+def moment(text: str) -> float:
+    """An ISO 8601 time as seconds since 1970."""
+    return datetime.fromisoformat(text).timestamp()
+
+
+def plain(value: object) -> str:
+    """Anything as text in HTML: it may come from a prompt, a node or a message, so from anybody."""
+    from html import escape
+
+    text = re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufffe\uffff]", "", str(value))
+    return escape(text.encode("utf-8", "replace").decode())
+
+
+def duration(seconds: float) -> str:
+    """`3.2 s`, `4 min 5 s`, `2 h 3 min`."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def round_time(seconds: float) -> str:
+    """`75 s`, `2 min`, `1.5 h` for a round number of seconds."""
+    for size, unit in ((3600, "h"), (60, "min")):
+        if seconds >= size and seconds * 2 % size == 0:
+            return f"{seconds / size:g} {unit}"
+    return f"{seconds:g} s"
+
+
+def usd(amount: float) -> str:
+    """`$1.21`, `$0.0404`."""
+    return f"${amount:,.2f}" if amount >= 1 else f"${amount:.4f}"
+
+
+def percentile(values: Iterable[float], share: float) -> float:
+    """The value that this share of the values does not exceed."""
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+
+class Span(NamedTuple):
+    """The stretch of time that a page shows."""
+
+    begin: float
+    end: float
+
+    def at(self, seconds: float) -> float:
+        """Where a moment is, in percent."""
+        return 100 * (min(max(seconds, self.begin), self.end) - self.begin) / (self.end - self.begin)
+
+    def ticks(self) -> Iterator[float]:
+        """At most seven round numbers of seconds since the beginning."""
+        long = self.end - self.begin
+        steps = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 43200)
+        step = next((step for step in steps if step * 6.5 >= long), math.ceil(long / 6 / 86400) * 86400)
+        return (float(step * number) for number in range(int(long / step) + 1))
+
+    def area(self, changes: Sequence[tuple[float, int]], highest: int, kind: str) -> str:
+        """An SVG path of a number that changes in steps, in a box of 100 by 100."""
+        path, level = "M0,100", 0
+        for when, change in sorted(changes):
+            level += change
+            path += f"H{self.at(when):.2f}V{100 - 100 * level / max(1, highest):.2f}"
+        return f'<path class="{kind}" d="{path}H100V100Z" />'
+
+
+def peak(changes: Iterable[tuple[float, int]]) -> int:
+    """The highest number that such changes lead to."""
+    return max(itertools.accumulate((change for _, change in sorted(changes)), initial=0))
 
 
 REPORT_PAGE = """\

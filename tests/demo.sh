@@ -5,7 +5,8 @@
 #
 # Usage: tests/demo.sh [JOBS]
 #
-# Needs Python 3.11+ and Bash. The images are in demo-output/ at the end. To use a real ComfyUI:
+# Needs Python 3.11+ and Bash. The images are in demo-output/ at the end, and report.html, which draws what
+# happened. To use a real ComfyUI:
 #   COMFYUI_DIR=~/ComfyUI COMFYUI_PYTHON=~/venv/bin/python COMFYUI_ARGS=--cpu \
 #     DEMO_WORKFLOW=my_workflow.json tests/demo.sh
 set -euo pipefail

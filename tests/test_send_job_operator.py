@@ -145,7 +145,7 @@ def test_no_price_is_invented() -> None:
     assert send_job.price_of("p9.huge", "us-west-2") is None
 
 
-EVIL = "</p><script>alert(1)</script><img src=x onerror=alert(1)>\"' style='x' &amp; \0\x1b\ud800 \ufffe 日本"
+EVIL = "</p><script>alert(1)</script><img src=x onerror=alert(1)>\"' style='x' &amp; \0\x1b\ud800 \ufffe 日本<\""
 
 
 def test_what_others_have_written_is_text() -> None:
@@ -311,7 +311,7 @@ def test_a_job_without_result_is_left_out(make_site: Callable[..., Site]) -> Non
         (["--report", "x/../y"], "that is no job id"),
         (["--report", new_job_id(), "--price", "-1"], "--price -1"),
         (["--fleet", "--dead"], "not allowed with"),
-        (["--watch"], "belong to --fleet"),
+        (["--watch"], "to --fleet: add it"),
         (["--dead", "--yes"], "belongs to --purge-dead"),
         (["x.json", "--redrive"], "send no job"),
         (["--dead", "--exec-cmd", "true"], "send no job"),
@@ -442,6 +442,11 @@ def test_a_missing_permission_costs_its_line_only(
     assert lines[-1] == "not seen   not allowed: s3:GetObject"
     monkeypatch.setattr(cloud, "fault", lambda *_: Fault(403, "AccessDenied"))
     assert send_job.main(["--fleet"]) == 1
+    assert capsys.readouterr().out.splitlines()[1:4] == [
+        "queue      not seen",
+        "last hour  not known",
+        "instances  not seen",
+    ]
 
 
 def test_watching_prints_what_changes_where_nobody_can_see_it_redrawn(make_site: Callable[..., Site]) -> None:
@@ -464,7 +469,7 @@ def test_watching_prints_what_changes_where_nobody_can_see_it_redrawn(make_site:
     finally:
         process.kill()
         process.wait()
-    group = "no group seen: scaling is off, or it is not allowed to look"
+    group = "there is no group: scaling is off"
     assert [line.partition(" ")[2] for line in lines] == [
         f"0 waiting, 0 in flight, 0 dead; {group}\n",
         f"1 waiting, 0 in flight, 0 dead; {group}\n",
