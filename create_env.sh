@@ -649,6 +649,7 @@ find_images() {
     [[ $IN_USE == *NotFound* ]] || die "cannot look at the launch template $TEMPLATE_NAME:$(one_line "$IN_USE")"
     IN_USE=None
   fi
+  IN_USE=${IN_USE##*$'\n'} # the last line, in case the CLI had a warning
 }
 
 # choose_image: sets IMAGE, empty where one is to be made, and IMAGE_STATE, and for --rollback ROLLED_BACK, the image
@@ -734,6 +735,7 @@ mark_image() {
   MARK_OF[$1]=$2
 }
 
+# look_at_image: sets IMAGE_STATE, and what is known of IMAGE.
 look_at_image() {
   local answer
   answer=$(ask_aws "look at the image $IMAGE" ec2 describe-images --image-ids "$IMAGE" \
