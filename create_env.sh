@@ -1061,6 +1061,7 @@ find_images() {
     [[ $IN_USE == *NotFound* ]] || die "cannot look at the launch template $TEMPLATE_NAME:$(one_line "$IN_USE")"
     IN_USE=None
   fi
+  IN_USE=${IN_USE##*$'\n'} # the last line, in case the CLI had a warning
 }
 
 # choose_image: sets IMAGE, empty where one is to be made, and IMAGE_STATE, and for --rollback ROLLED_BACK, the image
@@ -1146,6 +1147,7 @@ mark_image() {
   MARK_OF[$1]=$2
 }
 
+# look_at_image: sets IMAGE_STATE, and what is known of IMAGE.
 look_at_image() {
   local answer
   answer=$(ask_aws "look at the image $IMAGE" ec2 describe-images --image-ids "$IMAGE" \
@@ -1800,9 +1802,15 @@ bucket_files() {
   sed -n "s|^\([0-9]*\)\t$1/|\1\t|p" <<<"$answer" | LC_ALL=C sort
 }
 
-# missing_files NAME LIST: size and path of what the bucket has not, or not with this size.
+# missing_files NAME LIST: size and path of what the bucket has not, or not with this size. What cannot be found out
+# counts as missing.
 missing_files() {
-  LC_ALL=C comm -23 <(cut -f 1,2 "$2" | LC_ALL=C sort) <(bucket_files "$1")
+  local here there
+  if here=$(cut -f 1,2 "$2" | LC_ALL=C sort) && there=$(bucket_files "$1") \
+    && LC_ALL=C comm -23 <(printf '%s\n' "$here") <(printf '%s\n' "$there"); then
+    return
+  fi
+  printf 'not known, see above\n'
 }
 
 # refuse_conflicts NAME FOLDER: before the first copy. Which of two files with one name is the right one, only their
@@ -1819,17 +1827,19 @@ refuse_conflicts() {
 
 # free_disk NAME MOVED YES: removes MOVED, if all that is in it was copied and is in the bucket still.
 free_disk() {
-  local name=$1 moved=$2 yes=$3 size answer="" list=$COMFY_HOME/ComfyUI/$1.copied
+  local name=$1 moved=$2 yes=$3 size changed missing answer="" list=$COMFY_HOME/ComfyUI/$1.copied
   size=$(du -sh "$moved" | cut -f 1)
   if [[ $DRY_RUN == no ]]; then
     # Without empty folders, of which a removal that was stopped leaves some.
     list_files "$moved" | sed $'/\\/\t-$/d' >"$list.new"
-    if [[ ! -f $list || -n $(LC_ALL=C comm -13 "$list" "$list.new") || -n $(missing_files "$name" "$list.new") ]]; then
-      rm "$list.new"
+    touch "$list" # where it was lost, nothing is known to be copied
+    changed=$(LC_ALL=C comm -13 "$list" "$list.new")
+    missing=$(missing_files "$name" "$list.new")
+    rm "$list.new"
+    if [[ -n $changed$missing ]]; then
       warn "$moved has files that are not in the bucket, or not as they are here: it is kept; copy what is worth it to s3://$S3_BUCKET/$name, then remove it yourself"
       return
     fi
-    rm "$list.new"
     if [[ $yes == no && -t 0 ]]; then
       printf 'All of %s is in the bucket. Remove it, which frees %s? Type yes: ' "$moved" "$size"
       read -r answer || printf '\n'
