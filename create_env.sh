@@ -366,9 +366,12 @@ check_here() {
     [[ -f $COMFY_HOME/$file ]] \
       || problem "there is no $COMFY_HOME/$file, so no instance of the fleet could work: put it there, or correct COMFY_HOME in $HERE/env"
   done
-  python3 -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=5)' \
-    "http://${COMFY_ADDRESS:-127.0.0.1:8188}/system_stats" 2>/dev/null \
-    || warn "ComfyUI does not answer on ${COMFY_ADDRESS:-127.0.0.1:8188}: see that it works here before the fleet does as it does (journalctl -u comfyui)"
+  if python3 -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=5)' \
+    "http://${COMFY_ADDRESS:-127.0.0.1:8188}/system_stats" 2>/dev/null; then
+    COMFYUI_ANSWERS=yes
+  else
+    warn "ComfyUI does not answer on ${COMFY_ADDRESS:-127.0.0.1:8188}: see that it works here before the fleet does as it does (journalctl -u comfyui)"
+  fi
 }
 
 # choose_subnets: sets SUBNETS and ZONES, comma-separated, SUBNETS_ARE and, of private subnets, ROUTE_TABLES. A
@@ -1122,7 +1125,7 @@ make_image() {
   fi
   tags=$(tags_json "$ASG_NAME") image_tags=$tags
   [[ $ACTION != rebake ]] || image_tags="[{\"Key\":\"comfy-image\",\"Value\":\"coming\"},${tags#[}"
-  IMAGE=ami-new IMAGE_STATE=pending
+  IMAGE=ami-new IMAGE_STATE=pending IMAGE_MADE=yes
   if [[ $DRY_RUN == no ]]; then
     IMAGE=$(ask_aws "make an image of $BASE_ID" ec2 create-image \
       --instance-id "$BASE_ID" \
@@ -1145,6 +1148,26 @@ mark_image() {
   [[ -v MARK_OF[$1] && ${MARK_OF[$1]} != "$2" ]] || return 0
   run_aws "mark the image $1" ec2 create-tags --resources "$1" --tags "Key=comfy-image,Value=$2"
   MARK_OF[$1]=$2
+}
+
+# store_object_info: what the base's ComfyUI has installed, its image has: send_job.py checks workflows against
+# that before the first instance, which keeps it up to date, has been there. Nothing depends on it.
+store_object_info() {
+  local key=output/object_info.json.gz file digest
+  [[ $IMAGE_MADE == yes && $COMFYUI_ANSWERS == yes ]] || return 0
+  file=$(mktemp)
+  if digest=$(python3 -c '
+import gzip, hashlib, json, sys, urllib.request
+text = json.dumps(json.load(urllib.request.urlopen(sys.argv[1], timeout=60)), sort_keys=True).encode()
+open(sys.argv[2], "wb").write(gzip.compress(text))
+print(hashlib.sha256(text).hexdigest())' "http://${COMFY_ADDRESS:-127.0.0.1:8188}/object_info" "$file" 2>/dev/null) \
+    && { [[ $DRY_RUN == yes ]] || aws s3api put-object --bucket "$S3_BUCKET" --key "$key" --body "$file" \
+      --content-type application/gzip --metadata "sha256=$digest" >/dev/null; }; then
+    report nodes "s3://$S3_BUCKET/$key" updated
+  else
+    warn "what ComfyUI has installed is not stored, so workflows are checked only once an instance has been there"
+  fi
+  rm -f "$file"
 }
 
 # look_at_image: sets IMAGE_STATE, and what is known of IMAGE.
@@ -1988,6 +2011,7 @@ make_fleet() {
   ensure_group
   ensure_alarms
   ensure_dashboard
+  store_object_info
   settle_images "$KEEP"
   [[ $WAIT == no ]] || wait_for_image
   summarise

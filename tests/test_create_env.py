@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import gzip
+import hashlib
 import itertools
 import json
 import os
@@ -19,6 +21,8 @@ from typing import Any
 import pytest
 from aws_fixtures import ENV_FILE, TESTS, Aws, Base, Bundle, aws, aws_server, bundle, shape, tags_of
 from local_cloud import ACCOUNT_ID, REGION
+
+from comfy_utils import OBJECT_INFO_KEY
 
 __all__ = ["aws", "aws_server", "bundle"]
 
@@ -1265,13 +1269,45 @@ def test_a_group_gets_spot_instances_or_a_warm_pool_and_goes_back(bundle: Bundle
     ], "the pool goes before Spot instances come, because AWS allows only one of them"
 
 
+def test_what_the_bases_comfyui_has_is_stored_when_its_image_is_made(bundle: Bundle, aws: Aws) -> None:
+    described = {"KSampler": {"input": {"required": {"steps": ["INT"]}}}, "Ä": {}}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200 if self.path == "/object_info" else 404)
+            self.end_headers()
+            self.wfile.write(json.dumps(described).encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    aws.make_bucket(BUCKET, files=())
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"127.0.0.1:{server.server_port}"
+    shell = "COMFYUI_ANSWERS=yes; store_object_info; echo none; IMAGE_MADE=yes; store_object_info"
+    ran = bundle.run_function(shell, COMFY_ADDRESS=address)
+    server.shutdown()
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert re.fullmatch(f"none\nnodes +s3://{BUCKET}/{OBJECT_INFO_KEY} +updated\n", ran.stdout)
+    stored = aws.client("s3").get_object(Bucket=BUCKET, Key=OBJECT_INFO_KEY)
+    text = gzip.decompress(stored["Body"].read())
+    assert json.loads(text) == described
+    # By the same digest the workers see that they need not store it again.
+    assert stored["Metadata"]["sha256"] == hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+    ran = bundle.run_function("IMAGE_MADE=yes COMFYUI_ANSWERS=yes; store_object_info", COMFY_ADDRESS=address)
+    assert (ran.returncode, ran.stdout) == (0, "")
+    assert "what ComfyUI has installed is not stored" in ran.stderr
+
+
 # --- The S3 trigger ------------------------------------------------------------------------------------------
 
 
 def trigger(bundle: Bundle, wanted: str, dry_run: str = "no", **environment: str) -> str:
     """Run the two steps of create_env.sh that make the trigger, and return the line that they report."""
     ran = bundle.run_function(
-        f"PARTITION=aws DRY_RUN={dry_run}; look_at_trigger '{wanted}'; ensure_trigger", **environment
+        f"PARTITION=aws DRY_RUN={dry_run}; S3_TRIGGER='{wanted}'; look_at_trigger; ensure_trigger", **environment
     )
     assert (ran.returncode, ran.stderr) == (0, "")
     return ran.stdout
