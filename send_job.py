@@ -13,6 +13,7 @@ with only comfy_utils.py and `env` (and the demo workflow) beside it.
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import math
 import random
@@ -1459,4 +1460,6 @@ def fresh_seeds(workflow: Workflow, keep: set[tuple[str, str]]) -> Workflow:
 
 
 if __name__ == "__main__":
+    # boto3 and AWS's descriptions are many objects and no garbage: looking for some takes a tenth of the time.
+    gc.set_threshold(100_000)
     sys.exit(main())
