@@ -941,6 +941,7 @@ operator_policy() {
     allow "ec2:CreateImage ec2:CreateLaunchTemplate" "$any:*" "\"StringEquals\": {$new}"
     allow "ec2:CreateTags" "$any:*" \
       "\"StringEquals\": {$new, \"ec2:CreateAction\": [\"CreateImage\", \"CreateLaunchTemplate\", \"RunInstances\"]}"
+    allow "ec2:CreateTags ec2:DeleteTags" "$any:image/*" "$ours" # --rebake and --rollback mark images
     allow "ec2:CreateLaunchTemplateVersion ec2:ModifyLaunchTemplate ec2:DeleteLaunchTemplate ec2:RunInstances \
       ec2:TerminateInstances ec2:DeleteVolume ec2:DeregisterImage ec2:DeleteSnapshot" "$any:*" "$ours"
     # Asked for when a group is made or changed: whether its maker could launch what the template says.
@@ -968,6 +969,12 @@ operator_policy() {
     allow "iam:CreateServiceLinkedRole" "$iam:role/aws-service-role/*" \
       "\"StringEquals\": {\"iam:AWSServiceName\": [\"autoscaling.amazonaws.com\", \"spot.amazonaws.com\"]}"
 
+    # send_job.py --fleet, --dead, --redrive and --purge-dead
+    allow "cloudwatch:GetMetricData" "*"
+    allow "sqs:SendMessage" "$QUEUE_ARN"
+    allow "sqs:ReceiveMessage sqs:ChangeMessageVisibility sqs:DeleteMessage sqs:PurgeQueue" "$DLQ_ARN"
+
+    [[ -z $ALARM_TOPIC ]] || allow "sns:GetTopicAttributes" "$ALARM_TOPIC"
     allow "sqs:DeleteQueue" "$QUEUE_ARN $DLQ_ARN"
     allow "s3:DeleteBucket s3:ListBucketVersions s3:ListBucketMultipartUploads" "$BUCKET_ARN"
     allow "s3:DeleteObject s3:DeleteObjectVersion" "$BUCKET_ARN/*"

@@ -166,8 +166,12 @@ def bench_many(endpoint: str, settings: Settings, jobs: int, rounds: int) -> Non
 
 
 def bench_process(endpoint: str, settings: Settings, rounds: int, folder: Path) -> None:
-    """What a process that sends one job spends its time on, with 25 ms trips, beside an empty interpreter."""
+    """What a process that sends one job spends its time on, with 25 ms trips, beside an empty interpreter.
+
+    Its processor seconds, too, which say more where the machine is busy with other things.
+    """
     times: dict[str, list[float]] = {}
+    processor_s: dict[str, list[float]] = {}
     aws_client("sqs", REGION).create_queue(QueueName=settings.sqs_name)
     # As installed: modules are compiled once.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
@@ -182,7 +186,7 @@ def bench_process(endpoint: str, settings: Settings, rounds: int, folder: Path) 
                 "send_job.py, one job": ("send_job.py",),
                 "its phases, one after the other": ("-c", PHASES),
             }.items():
-                began = time.perf_counter()
+                began, used = time.perf_counter(), os.times()
                 ran = subprocess.run(
                     [sys.executable, *command],
                     cwd=folder,
@@ -192,13 +196,21 @@ def bench_process(endpoint: str, settings: Settings, rounds: int, folder: Path) 
                     text=True,
                 )
                 times.setdefault(name, []).append(time.perf_counter() - began)
+                now = os.times()
+                processor_s.setdefault(name, []).append(
+                    now.children_user - used.children_user + now.children_system - used.children_system
+                )
             for name, seconds in zip(NAMES, map(float, ran.stdout.split()), strict=True):
                 times.setdefault(f"  {name}", []).append(seconds)
-    nothing = median_ms(times["python -c pass"][1:])  # the first round compiles
-    print(f"\n{'whole processes, 25 ms to AWS':40}{'median':>10}{'beyond an empty one':>25}")
+    # The first round compiles.
+    nothing = median_ms(times["python -c pass"][1:])
+    print(f"\n{'whole processes, 25 ms to AWS':40}{'median':>10}{'beyond an empty one':>25}{'processor':>15}")
     for name, measured in times.items():
-        beyond = "" if name.startswith("  ") else f"{median_ms(measured[1:]) - nothing:22.0f} ms"
-        print(f"{name:40}{median_ms(measured[1:]):7.0f} ms{beyond}")
+        median = median_ms(measured[1:])
+        more = (
+            f"{median - nothing:22.0f} ms{median_ms(processor_s[name][1:]):12.0f} ms" if name in processor_s else ""
+        )
+        print(f"{name:40}{median:7.0f} ms{more}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

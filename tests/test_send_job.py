@@ -935,6 +935,7 @@ def test_submit_refuses_what_the_fleet_would(
     workflow = json.loads((ROOT / "simple_workflow.json").read_text())
     workflow["4"]["inputs"]["ckpt_name"] = "v1-5-pruned-emaonly.safetensors"
     send_job.submit(workflow)  # nothing is known of the fleet
+    send_job._nodes_read.clear()
     store_nodes(sender_site, object_info())
     for call in (send_job.submit, lambda one: send_job.submit_many([image_workflow(), one])):
         with pytest.raises(send_job.WorkflowProblemsError) as caught:
@@ -977,6 +978,7 @@ def test_the_command_line_checks(sender_site: Site, tmp_path: Path, capsys: pyte
         f"Its format is right; what {sender_site.env} has installed is not known"
     )
     store_nodes(sender_site, object_info())
+    send_job._nodes_read.clear()
     assert send_job.main(["--check", good]) == 0
     assert capsys.readouterr().out == f"{sender_site.env} can run this workflow\n"
     assert send_job.main(["--check", bad]) == 1
