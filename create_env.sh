@@ -915,6 +915,7 @@ operator_policy() {
   # Images and snapshots have no account in their ARN. Where tags decide, the ARNs need not.
   local any="arn:$PARTITION:ec2:$REGION:*" ec2=arn:$PARTITION:ec2:$REGION:$ACCOUNT_ID iam=arn:$PARTITION:iam::$ACCOUNT_ID
   local template="$ec2:launch-template/*"
+  local queue_actions="sqs:CreateQueue sqs:TagQueue sqs:ListQueueTags sqs:GetQueueUrl sqs:GetQueueAttributes sqs:SetQueueAttributes"
   # Of what is not there yet AWS does not know the path.
   local roles="$iam:role$WORKER_PATH* $iam:role/$WORKER_ROLE"
   local profiles="$iam:instance-profile$WORKER_PATH* $iam:instance-profile/$WORKER_ROLE"
@@ -926,9 +927,10 @@ operator_policy() {
   allow "ec2:DescribeInstances ec2:DescribeSubnets ec2:DescribeRouteTables ec2:DescribeVpcEndpoints ec2:DescribeImages \
     ec2:DescribeSnapshots ec2:DescribeVolumes ec2:DescribeLaunchTemplate* ec2:DescribeInstanceType* \
     autoscaling:Describe* cloudwatch:DescribeAlarms sqs:ListQueues iam:ListRoles iam:ListInstanceProfiles \
-    tag:GetResources servicequotas:GetServiceQuota" "*"
-  allow "sqs:CreateQueue sqs:TagQueue sqs:ListQueueTags sqs:GetQueueUrl sqs:GetQueueAttributes sqs:SetQueueAttributes" \
-    "$QUEUE_ARN $DLQ_ARN"
+    tag:GetResources servicequotas:GetServiceQuota cloudwatch:GetMetricData" "*"
+  # send_job.py --dead, --redrive and --purge-dead besides: nearly all there is.
+  [[ $ENV == base ]] || queue_actions="sqs:*"
+  allow "$queue_actions" "$QUEUE_ARN $DLQ_ARN"
   allow "s3:CreateBucket s3:ListBucket s3:GetBucket* s3:PutBucketTagging s3:PutBucketPublicAccessBlock \
     s3:PutBucketPolicy s3:PutBucketNotification s3:GetEncryptionConfiguration s3:PutEncryptionConfiguration \
     s3:GetLifecycleConfiguration s3:PutLifecycleConfiguration" "$BUCKET_ARN"
@@ -941,8 +943,8 @@ operator_policy() {
     allow "ec2:CreateImage ec2:CreateLaunchTemplate" "$any:*" "\"StringEquals\": {$new}"
     allow "ec2:CreateTags" "$any:*" \
       "\"StringEquals\": {$new, \"ec2:CreateAction\": [\"CreateImage\", \"CreateLaunchTemplate\", \"RunInstances\"]}"
-    allow "ec2:CreateTags ec2:DeleteTags" "$any:image/*" "$ours" # --rebake and --rollback mark images
-    allow "ec2:CreateLaunchTemplateVersion ec2:ModifyLaunchTemplate ec2:DeleteLaunchTemplate ec2:RunInstances \
+    # --rebake and --rollback mark images with a tag.
+    allow "ec2:CreateTags ec2:CreateLaunchTemplateVersion ec2:ModifyLaunchTemplate ec2:DeleteLaunchTemplate ec2:RunInstances \
       ec2:TerminateInstances ec2:DeleteVolume ec2:DeregisterImage ec2:DeleteSnapshot" "$any:*" "$ours"
     # Asked for when a group is made or changed: whether its maker could launch what the template says.
     allow "ec2:RunInstances" "$any:image/* $any:snapshot/* $ec2:instance/* $ec2:volume/* $ec2:network-interface/* $ec2:subnet/* \
@@ -969,13 +971,7 @@ operator_policy() {
     allow "iam:CreateServiceLinkedRole" "$iam:role/aws-service-role/*" \
       "\"StringEquals\": {\"iam:AWSServiceName\": [\"autoscaling.amazonaws.com\", \"spot.amazonaws.com\"]}"
 
-    # send_job.py --fleet, --dead, --redrive and --purge-dead
-    allow "cloudwatch:GetMetricData" "*"
-    allow "sqs:SendMessage" "$QUEUE_ARN"
-    allow "sqs:ReceiveMessage sqs:ChangeMessageVisibility sqs:DeleteMessage sqs:PurgeQueue" "$DLQ_ARN"
-
     [[ -z $ALARM_TOPIC ]] || allow "sns:GetTopicAttributes" "$ALARM_TOPIC"
-    allow "sqs:DeleteQueue" "$QUEUE_ARN $DLQ_ARN"
     allow "s3:DeleteBucket s3:ListBucketVersions s3:ListBucketMultipartUploads" "$BUCKET_ARN"
     allow "s3:DeleteObject s3:DeleteObjectVersion" "$BUCKET_ARN/*"
   fi
