@@ -520,7 +520,7 @@ class Group(NamedTuple):
     in_service: list[str]
     """Ids of the instances that are in service, so neither booting nor on their way out."""
     outdated: tuple[str, ...] = ()
-    """Those among them that were launched from another template version than the group's tag comfy-version names."""
+    """Those among them that were launched from an earlier template version than the group's tag comfy-version names."""
 
 
 def read_group(autoscaling: Any, asg_name: str) -> Group | None:
@@ -528,11 +528,12 @@ def read_group(autoscaling: Any, asg_name: str) -> Group | None:
     answer = autoscaling.describe_auto_scaling_groups(AutoScalingGroupNames=[asg_name])
     for group in answer["AutoScalingGroups"]:
         there = [item for item in group["Instances"] if item["LifecycleState"] == "InService"]
-        version = next((tag["Value"] for tag in group.get("Tags", []) if tag["Key"] == VERSION_TAG), None)
+        # create_env.sh sets the tag last, and its version numbers only grow, also with --rollback.
+        version = next((tag["Value"] for tag in group.get("Tags", []) if tag["Key"] == VERSION_TAG), "0")
         outdated = [
             item["InstanceId"]
             for item in there
-            if version and item.get("LaunchTemplate", {}).get("Version", version) != version
+            if int(item.get("LaunchTemplate", {}).get("Version", version)) < int(version)
         ]
         in_service = [item["InstanceId"] for item in there]
         return Group(group["DesiredCapacity"], group["MinSize"], group["MaxSize"], in_service, tuple(outdated))

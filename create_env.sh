@@ -58,6 +58,7 @@ POLL_SECONDS=${POLL_SECONDS:-10}
 
 DRY_RUN=no  # --dry-run: yes
 PROBLEMS=() # what the checks have found
+COMFYUI_ANSWERS=no IMAGE_MADE=no S3_TRIGGER=""
 
 # die SENTENCE: after the problems found so far.
 die() {

@@ -896,7 +896,7 @@ def test_policies_are_printed_without_aws_and_fit_into_iam(bundle: Bundle, who: 
         if statement["Resource"] == "*"
         for action in ([statement["Action"]] if isinstance(statement["Action"], str) else statement["Action"])
     }
-    looks = ("Describe", "List", "GetResources", "GetServiceQuota", "PutMetricData")
+    looks = ("Describe", "List", "GetResources", "GetServiceQuota", "GetMetricData", "PutMetricData")
     assert all(action.partition(":")[2].startswith(looks) for action in open_to_all), open_to_all
     if name == "base":
         assert "Delete" not in text or who == "worker"
