@@ -27,7 +27,7 @@ import send_job
 from comfy_utils import load_settings
 
 ROOT = TESTS.parent
-OUTPUT = ROOT / "demo-output"
+OUTPUT = Path(os.environ.get("DEMO_FOLDER", ROOT)) / "demo-output"
 BACKLOG = 3  # env.example's BACKLOGSIZE_PER_INSTANCE
 MOST = 20  # its MAX_INSTANCES
 CHECKPOINT = "v1-5-pruned-emaonly-fp16.safetensors"
@@ -369,6 +369,15 @@ def tell_story(folder: Path, jobs: int) -> None:
 
         draw_page(cloud, base, results, ready)
         tell("   ✓ what happened is drawn in demo-output/report.html")
+
+        tell("\nA designer changes something on the base machine, and production is to have it:")
+        run_on_base(base, operator, "./create_env.sh", "pro", "--rebake")
+        versions = cloud.client("ec2").describe_launch_template_versions(LaunchTemplateName=f"{GROUP}-template")
+        images = [version["LaunchTemplateData"]["ImageId"] for version in versions["LaunchTemplateVersions"]]
+        in_use = [
+            version["VersionNumber"] for version in versions["LaunchTemplateVersions"] if version["DefaultVersion"]
+        ]
+        check("the next instances start from the new image", in_use == [2] and len(set(images)) == 2, versions)
 
         run_on_base(base, operator, "./delete_env.sh", "pro", "--yes")
         left = what_is_left(cloud, fleet)
