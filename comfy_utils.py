@@ -322,7 +322,7 @@ def _parse_job(message: dict[str, Any], kinds: list[str], job_id: object, callba
         raise InvalidMessageError(f"callback_url {callback_url!r:.60} is no http(s) address")
     if len(kinds) > 1:
         raise InvalidMessageError(f"the message has both {kinds[0]} and {kinds[1]}: send one of them")
-    inputs = _check_inputs(message.get("inputs") or {})
+    inputs = check_inputs(message.get("inputs") or {})
     job = Job(job_id, callback_url=str(callback_url) if callback_url else None, inputs=inputs)
     if "exec_cmd" in message and inputs:
         raise InvalidMessageError("inputs stand beside exec_cmd: they are fetched for workflows only")
@@ -340,7 +340,7 @@ def _parse_job(message: dict[str, Any], kinds: list[str], job_id: object, callba
     return replace(job, workflow=check_workflow(message["prompt"]))
 
 
-def _check_inputs(inputs: object) -> dict[str, str]:
+def check_inputs(inputs: object) -> dict[str, str]:
     """The `inputs` of a message: names that stay inside a folder, and addresses of a kind that can be fetched."""
     if not isinstance(inputs, dict) or len(inputs) > MAX_INPUTS:
         raise InvalidMessageError(f"inputs is no object of at most {MAX_INPUTS} names and addresses")

@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NotRequired, TypedDi
 from comfy_utils import (
     HERE,
     MAX_MESSAGE_BYTES,
+    OBJECT_INFO_KEY,
     Capacity,
     ComfyGoneError,
     ComfyUI,
@@ -47,6 +48,7 @@ from comfy_utils import (
     aws_client,
     cancel_key,
     capacity_problem,
+    check_inputs,
     check_workflow,
     error_code,
     error_of,
@@ -75,6 +77,7 @@ DEMO_WORKFLOW = HERE / "simple_workflow.json"
 def submit(
     workflow: Workflow,
     *,
+    inputs: Mapping[str, str] | None = None,
     job_id: str | None = None,
     callback_url: str | None = None,
     check: bool = True,
@@ -82,17 +85,21 @@ def submit(
 ) -> str:
     """Send one API-format workflow to the fleet, raise its capacity, and return the job id.
 
-    The result will stand in s3://<bucket>/output/<job_id>/result.json. `env` names another environment
-    than the settings file does; `callback_url` is POSTed the result. The workflow is checked against the
+    The result will stand in s3://<bucket>/output/<job_id>/result.json. `inputs` says from which http(s) or s3
+    address the worker is to fetch files that the workflow names, such as {"photo.png": "https://..."}. `env` names
+    another environment than the settings file does; `callback_url` is POSTed the result. The workflow is checked against the
     nodes and models of the fleet, where they are known, unless `check` is False: WorkflowProblemsError names
     all that ComfyUI would refuse, and what it may refuse, or drop, becomes a Python warning. Raises
-    InvalidWorkflowError, SettingsError, and what boto3 raises when the message could not be sent. A capacity
-    that could not be raised is no error: the job is on the queue, and the fleet's other nets start an instance.
+    InvalidWorkflowError, InvalidMessageError, SettingsError, and what boto3 raises when the message could not be
+    sent. A capacity that could not be raised is no error: the job is on the queue, and the fleet's other nets start
+    an instance.
     """
     sender = Sender(load_settings(env))
-    body = {"prompt": check_workflow(workflow)}
+    body: dict[str, Any] = {"prompt": check_workflow(workflow)}
+    if inputs:
+        body["inputs"] = check_inputs(dict(inputs))
     if check:
-        warn_of(FleetCheck(sender.settings).check(workflow))
+        warn_of(FleetCheck(sender.settings, inputs or ()).check(workflow))
     return _submit(sender, body, job_id, callback_url)
 
 
@@ -576,7 +583,7 @@ def save_files(result: JobResult, folder: Path, teller: Teller, s3: Any, bucket:
 def run_check(fleet: FleetCheck, workflow: Workflow, env: str, teller: Teller) -> int:
     """Say what is wrong with a workflow; returns 1 when the fleet's ComfyUI would refuse it."""
     if fleet.nodes is None:
-        teller.line(f"Its format is right; what {env} has installed is not known: {NODES_KEY} cannot be read")
+        teller.line(f"Its format is right; what {env} has installed is not known: {OBJECT_INFO_KEY} cannot be read")
         return 0
     try:
         problems, code = fleet.check(workflow), 0
@@ -824,7 +831,8 @@ class Sender:
             return Message(job_id, text, size)
         if "prompt" not in body:
             raise InvalidMessageError(f"the command is longer than a message may be ({MAX_MESSAGE_BYTES} bytes)")
-        text = json.dumps({"workflow_key": large_workflow_key(job_id)} | extras)
+        rest = {name: value for name, value in body.items() if name != "prompt"}
+        text = json.dumps({"workflow_key": large_workflow_key(job_id)} | rest | extras)
         return Message(job_id, text, len(text.encode()), by_bucket=body["prompt"])
 
     def _upload(self, message: Message) -> None:
@@ -1127,7 +1135,6 @@ def tell_progress(progress: JobProgress) -> str:
 # tells each node's inputs but not whether a node validates some of them in its own way. So what custom nodes are given
 # is doubted only, and so is all about types that are made at run time.
 
-NODES_KEY = "output/object_info.json.gz"
 """Where the answer of the fleet's ComfyUI to GET /object_info lies in the bucket."""
 NODES_AGE_S = 60.0
 """So long it is believed without asking S3 whether it has changed."""
@@ -1169,7 +1176,7 @@ class FleetCheck:
             return nodes
         try:
             condition = {"IfNoneMatch": tag} if tag else {}
-            answer = self.s3.get_object(Bucket=self.bucket, Key=NODES_KEY, **condition)
+            answer = self.s3.get_object(Bucket=self.bucket, Key=OBJECT_INFO_KEY, **condition)
             tag, nodes = answer["ETag"], dict(json.loads(gzip.decompress(answer["Body"].read())))
         except Exception as error:
             if error_code(error) not in ("304", "NotModified"):

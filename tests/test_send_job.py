@@ -32,6 +32,7 @@ import send_job
 from comfy_utils import (
     LAUNCH_FAILURE_AGE_S,
     MAX_MESSAGE_BYTES,
+    OBJECT_INFO_KEY,
     InvalidMessageError,
     InvalidWorkflowError,
     QueueDepth,
@@ -667,6 +668,18 @@ def test_large_workflows_among_many(sender_site: Site) -> None:
     assert json.loads(stored) == large
 
 
+def test_the_addresses_of_inputs_travel_with_the_job(sender_site: Site) -> None:
+    inputs = {"photo.png": "https://example.com/some.png?signature=x"}
+    small, large = image_workflow(), image_workflow()
+    large["1"]["_meta"] = {"title": "x" * 1_100_000}
+    ids = [send_job.submit(workflow, inputs=inputs) for workflow in (small, large)]
+    sent = {body["job_id"]: body for body in bodies(sender_site)}
+    assert [sent[job_id]["inputs"] for job_id in ids] == [inputs, inputs]
+    with pytest.raises(InvalidMessageError, match=r"inputs has the name '../photo.png'"):
+        send_job.submit(small, inputs={"../photo.png": "https://example.com/x"})
+    assert sender_site.depth() == (0, 2)
+
+
 def test_batches_fit_into_a_request() -> None:
     half = MAX_MESSAGE_BYTES // 2
     sizes = [half, half, 1, 1, *[2] * 12]
@@ -926,7 +939,7 @@ def test_a_bad_branch_beside_a_good_one_is_only_warned_of() -> None:
 
 def store_nodes(site: Site, nodes: dict[str, Any]) -> None:
     """Store what a fleet has installed, as a worker does."""
-    site.s3.put_object(Bucket=site.bucket, Key=send_job.NODES_KEY, Body=gzip.compress(json.dumps(nodes).encode()))
+    site.s3.put_object(Bucket=site.bucket, Key=OBJECT_INFO_KEY, Body=gzip.compress(json.dumps(nodes).encode()))
 
 
 def test_submit_refuses_what_the_fleet_would(
