@@ -133,6 +133,14 @@ def test_each_command_and_option_in_a_sentence_is_known() -> None:
     assert alone - set(known) - {"--disable-metadata"} == set(), "that one is ComfyUI's"
 
 
+def test_every_link_leads_somewhere() -> None:
+    headings = re.findall(r"^#+ (.*)", README, flags=re.MULTILINE)
+    anchors = {"#" + re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
+    assert len(links) > 10
+    assert [link for link in links if link not in anchors and not (ROOT / link).is_file()] == []
+
+
 def test_python_in_the_readme_names_what_there_is() -> None:
     assert len(blocks("python")) == 2
     for block, _ in blocks("python"):
