@@ -212,6 +212,8 @@ class Worker:
         self.turn = threading.Condition()
         self.turned_at: dict[str, float] = {}  # lane -> when it last turned
         self.polling = False  # one lane waits at the queue, for all
+        self.failures = 0  # in a row, of any lane
+        self.quiet_until = -math.inf  # no lane takes anything before, because something has failed
         self.fetching = 0  # lanes that fetch a job ahead just now
         self.taken = 0  # jobs in hand that have not run to their end
         self.running: dict[str, float] = {}  # job -> since when it runs
@@ -252,7 +254,6 @@ class Worker:
 
     def work(self) -> None:
         """A lane: one message after the other. Several stand in ComfyUI's queue, so that it never waits for us."""
-        failures = 0
         while not self.is_leaving():
             try:
                 turn = self.await_turn()
@@ -272,16 +273,12 @@ class Worker:
                     self.process_one_message(message)
                 if self.comfy_failures >= COMFY_FAILURES_LIMIT:
                     self.declare_unhealthy()
-                failures = 0
+                self.failures = 0
             except Exception as error:
-                failures += 1
-                delay_s = backoff_s(failures)
-                logger.error(
-                    "The lane goes on in %.0f s: %s", delay_s, explain(error), exc_info=not error_code(error)
-                )
-                limit = time.monotonic() + delay_s
-                while time.monotonic() < limit and not self.should_stop():
-                    self.stop.wait(0.5)
+                self.failures += 1
+                delay_s = backoff_s(self.failures)
+                self.quiet_until = time.monotonic() + delay_s
+                logger.error("Going on in %.0f s: %s", delay_s, explain(error), exc_info=not error_code(error))
 
     def await_turn(self) -> str | None:
         """What this lane is to do: "poll" the queue for all, fetch a job "ahead", or "leave" to a replacement.
@@ -290,7 +287,8 @@ class Worker:
         """
         with self.turn:
             self.should_stop()
-            if not (self.polling or self.warming or self.is_leaving()):
+            is_quiet = time.monotonic() < self.quiet_until
+            if not (self.polling or self.warming or is_quiet or self.is_leaving()):
                 if self.replacement.is_due and self.taken == 0:
                     self.polling = True
                     return "leave"

@@ -324,6 +324,7 @@ def shape(found: Any) -> str:
     text = re.sub(r"\b[0-9a-f]{8}-[0-9a-f-]{27}\b|\b[0-9a-f]{16}\b", "digest", text)
     text = re.sub(r"\b20\d\d-?\d\d-?\d\d[T ][0-9:.]+(Z|[+]00:00)?|\b[0-9]{10}([.][0-9]+)?\b", "time", text)
     text = re.sub(r"(subnet-id,?)+", "subnets", text)
+    text = re.sub(r'("(?:RoleId|InstanceProfileId)": )"\w+"', r'\1"id"', text)
     return json.dumps(in_order(json.loads(text)), indent=1)
 
 

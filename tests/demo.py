@@ -90,15 +90,18 @@ def make_base_folder(folder: Path) -> None:
         (folder / "ComfyUI").mkdir()
         shutil.copy2(TESTS / "comfyui_standin.py", folder / "ComfyUI/main.py")
         shutil.copy2(TESTS / "recordings.json", folder / "ComfyUI")
-        # A model, and an old output that production does not need.
-        for name, text in {
-            f"models/checkpoints/{CHECKPOINT}": "a stand-in for 2 GB of weights",
-            "input/example.png": "",
-            "output/old.png": "",
-        }.items():
-            (folder / "ComfyUI" / name).parent.mkdir(parents=True)
-            (folder / "ComfyUI" / name).write_text(text)
     (folder / "env").write_text(settings)
+
+
+def fill_base_folder(folder: Path) -> None:
+    """What a designer has on the disk: a model, and an old output that production does not need."""
+    for name, text in {
+        f"models/checkpoints/{CHECKPOINT}": "a stand-in for 2 GB of weights",
+        "input/example.png": "",
+        "output/old.png": "",
+    }.items():
+        (folder / "ComfyUI" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "ComfyUI" / name).write_text(text)
 
 
 def start_comfyui(machine: Machine) -> None:
@@ -309,6 +312,8 @@ def tell_story(folder: Path, jobs: int) -> None:
     with LocalCloud(folder / "cloud") as cloud:
         base = folder / "base"
         make_base_folder(base)
+        if not os.environ.get("COMFYUI_DIR"):
+            fill_base_folder(base)
         machine = cloud.make_base(base)
         environment = machine.environment()
         tell(f"The base machine is {machine.instance_id}. ComfyUI works there, with a model on its disk.")

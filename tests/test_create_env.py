@@ -113,7 +113,7 @@ def check_the_run_that_completed_it(story: Story) -> None:
         *[("alarm", "created")] * 5,
         ("dashboard", "created"),
     ]
-    assert ran.stdout.count("already there") == 5
+    assert ran.stdout.count("already there") == 6
     assert "0 instances wanted now, 0 to 20 g5.2xlarge" in ran.stdout
     assert "Next: ./send_job.py --env pro" in ran.stdout
     image_ids = [[image["ImageId"] for image in found["images"]] for found in story.found]
@@ -1286,6 +1286,7 @@ def test_what_the_bases_comfyui_has_is_stored_when_its_image_is_made(bundle: Bun
     shell = "COMFYUI_ANSWERS=yes; store_object_info; echo none; IMAGE_MADE=yes; store_object_info"
     ran = bundle.run_function(shell, COMFY_ADDRESS=address)
     server.shutdown()
+    server.server_close()
     assert (ran.returncode, ran.stderr) == (0, "")
     assert re.fullmatch(f"none\nnodes +s3://{BUCKET}/{OBJECT_INFO_KEY} +updated\n", ran.stdout)
     stored = aws.client("s3").get_object(Bucket=BUCKET, Key=OBJECT_INFO_KEY)
