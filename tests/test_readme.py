@@ -1,4 +1,4 @@
-"""README.md says what the project really does: settings, help, commands, code."""
+"""README.md says what the project really does: settings, help, commands, code. README.zh.md says the same."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ import send_job
 from parse_job import post_result
 
 README = (ROOT / "README.md").read_text()
+CHINESE = (ROOT / "README.zh.md").read_text()
+FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
 
 def documented_settings() -> list[str]:
@@ -121,8 +123,7 @@ def test_each_command_is_known_to_its_script_or_stands_where_aws_is_needed() -> 
 
 
 def test_each_command_and_option_in_a_sentence_is_known() -> None:
-    prose = re.sub(r"^```.*?^```", "", README, flags=re.MULTILINE | re.DOTALL)
-    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
+    spans = [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", FENCED.sub("", README))]
     ours = [match for span in spans if (match := OURS.match(span))]
     assert len(ours) > 20
     assert {match[0]: unknown_in(match) for match in ours if unknown_in(match)} == {}
@@ -133,12 +134,26 @@ def test_each_command_and_option_in_a_sentence_is_known() -> None:
     assert alone - set(known) - {"--disable-metadata"} == set(), "that one is ComfyUI's"
 
 
-def test_every_link_leads_somewhere() -> None:
-    headings = re.findall(r"^#+ (.*)", README, flags=re.MULTILINE)
-    anchors = {"#" + re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", README) if not link.startswith("http")]
+def headings(text: str) -> list[tuple[str, str]]:
+    """The level and the words of each heading."""
+    return re.findall(r"^(#+) (.*)", FENCED.sub("", text), flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("text", [README, CHINESE], ids=["README.md", "README.zh.md"])
+def test_every_link_leads_somewhere(text: str) -> None:
+    anchors = {"#" + re.sub(r"[^\w -]", "", words.lower()).replace(" ", "-") for _, words in headings(text)}
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
     assert len(links) > 10
     assert [link for link in links if link not in anchors and not (ROOT / link).is_file()] == []
+
+
+def test_the_chinese_readme_has_the_same_blocks_settings_and_chapters() -> None:
+    def frame(text: str) -> tuple[list[str], list[str], list[str]]:
+        settings = re.findall(r"^\| (`[A-Z][A-Z0-9_]+` \| [^|]*)\|", text, flags=re.MULTILINE)
+        return FENCED.findall(text), settings, [level for level, _ in headings(text)]
+
+    assert all(len(part) > 20 for part in frame(README))
+    assert frame(CHINESE) == frame(README)
 
 
 def test_python_in_the_readme_names_what_there_is() -> None:
