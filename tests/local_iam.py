@@ -212,8 +212,12 @@ def _of_ec2(action: str, call: dict[str, str]) -> list[Access]:
     def arn(kind: str, identity: str) -> str:
         return _arn("ec2", f"{kind}/{identity}", account="" if kind in ("image", "snapshot") else ACCOUNT_ID)
 
+    kinds = {"i": "instance", "ami": "image", "snap": "snapshot", "vol": "volume"}
     needed = []
     for name, value in call.items():
+        if re.fullmatch(r"ResourceId\.\d+", name):  # CreateTags on what is there
+            kind = kinds[value.partition("-")[0]]
+            needed.append(Access(action, arn(kind, value), _tag_keys("Resource", ec2.tags.get(value, {}))))
         if match := re.fullmatch(r"(Instance|Image|Snapshot|Volume)Id(\.\d+)?", name):
             needed.append(
                 Access(action, arn(match[1].lower(), value), _tag_keys("Resource", ec2.tags.get(value, {})))
