@@ -138,6 +138,8 @@ PART_BYTES = 8 * 1024 * 1024
 COMMAND_OUTPUT_BYTES = 4096
 STOP_S = 3
 """So long the running job waits, when all are given back, for those behind it to be taken out of the queue."""
+USUAL_RUNS = 100
+"""Of so many kinds of workflows it is remembered how long they run, for those who wait."""
 CANCEL_S = 5
 """How often it is looked whether a running job was cancelled."""
 FIRST_LOOK_S = 2
@@ -218,6 +220,7 @@ class Worker:
         self.taken = 0  # jobs in hand that have not run to their end
         self.running: dict[str, float] = {}  # job -> since when it runs
         self.last_run_s: float | None = None
+        self.usual_runs_s: dict[str, float] = {}  # a workflow's nodes -> how long the last one of them ran
         self.waiting = 0  # messages on the queue, as far as is known
         self.glance_due = False  # is that still so?
         self.others = 0  # instances that the group wants besides this one
@@ -594,7 +597,8 @@ class Worker:
                     return Ran(now, values=values, error=error)
             workflow = own_outputs(job.workflow or self.insist(lambda: self.fetch_workflow(job)), job.id)
             workflow = self.fetch_inputs(job, workflow, cancel.should_stop)
-            progress = Progress(workflow, job.id, self.instance_id)
+            nodes = " ".join(sorted(node["class_type"] for node in workflow.values()))
+            progress = Progress(workflow, job.id, self.instance_id, self.usual_runs_s.get(nodes))
             with self.running_job(job.id, lease, cancel, alone=False):
                 try:
                     began_at, finished = self.run_workflow(job, workflow, progress, lease, cancel)
@@ -615,7 +619,12 @@ class Worker:
         except JobTimeoutError:
             error = job_error("timeout", f"the job ran longer than JOB_TIMEOUT={self.settings.job_timeout_s} s")
             return Ran((progress and progress.started_at) or now, error=error)
-        return Ran(began_at or progress.started_at or now, finished, error=error_of(finished.entry))
+        ran = Ran(began_at or progress.started_at or now, finished, error=error_of(finished.entry))
+        if ran.error is None:
+            self.usual_runs_s[nodes] = (datetime.now(UTC) - ran.started_at).total_seconds()
+            if len(self.usual_runs_s) > USUAL_RUNS:
+                del self.usual_runs_s[next(iter(self.usual_runs_s))]
+        return ran
 
     def result_of(self, job: Job, ran: Ran, lease: Lease) -> Result:
         """Store the files of a job that has run, and return its result."""
@@ -1848,10 +1857,11 @@ class Metrics:
 class Progress:
     """How far a job is, from ComfyUI's events."""
 
-    def __init__(self, workflow: Workflow, job_id: str, instance_id: str) -> None:
+    def __init__(self, workflow: Workflow, job_id: str, instance_id: str, usual_run_s: float | None = None) -> None:
         self.workflow = workflow
         self.job_id = job_id
         self.instance_id = instance_id
+        self.usual_run_s = usual_run_s
         self.started_at: datetime | None = None
         self._state: dict[str, Any] = {}
         self._reported: dict[str, Any] = {}
@@ -1882,6 +1892,8 @@ class Progress:
             "node_title": node.get("_meta", {}).get("title") or node.get("class_type"),
             "nodes": len(self.workflow),
             **state,
+            **({"started_at": iso(self.started_at)} if self.started_at else {}),
+            **({"usual_run_s": round(self.usual_run_s, 1)} if self.usual_run_s is not None else {}),
             "updated_at": iso(datetime.now(UTC)),
         }
 

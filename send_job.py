@@ -274,6 +274,8 @@ class JobResult(TypedDict):
     """Outputs that are not files, such as text: node id -> name -> list."""
     warnings: list[str]
     error: JobError | None
+    source: NotRequired[str]
+    """Of a job that was dropped into the bucket: which file it was."""
     timings: JobTimings
 
 
@@ -322,6 +324,9 @@ class JobProgress(TypedDict):
     nodes_done: NotRequired[int]
     value: NotRequired[float]
     max: NotRequired[float]
+    started_at: NotRequired[str]
+    usual_run_s: NotRequired[float]
+    """How long the last job with the same nodes ran on that instance."""
     updated_at: str
 
 
@@ -711,6 +716,16 @@ class Waiting:
             self._first = progress, time.monotonic()
         self._progress = progress
 
+    def time_left(self) -> str:
+        """`, about 12 s left`, by how long such jobs run or else by the pace of the node at work; "" where unknown."""
+        progress = self._progress
+        if progress and "usual_run_s" in progress and "started_at" in progress:
+            ran_s = (datetime.now(UTC) - datetime.fromisoformat(progress["started_at"])).total_seconds()
+            if ran_s < progress["usual_run_s"]:
+                return f", about {progress['usual_run_s'] - ran_s:.0f} s left"
+        left_s = self.left_in_node_s()
+        return "" if left_s is None else f", about {left_s:.0f} s left in this node"
+
     def left_in_node_s(self) -> float | None:
         """Seconds until the node at work is through, by the pace of its steps so far; None while that is unknown."""
         if not (self._progress and self._first):
@@ -723,9 +738,7 @@ class Waiting:
     def line_of_one(self) -> str:
         """`waiting, about 2 ahead: 1 instance is booting`, later `running: KSampler 12/20 (60 %)`."""
         if self._progress:
-            left_s = self.left_in_node_s()
-            left = "" if left_s is None else f", about {left_s:.0f} s left in this node"
-            return f"running: {tell_progress(self._progress)}{left}"
+            return f"running: {tell_progress(self._progress)}{self.time_left()}"
         depth, news = self.fleet.depth, self.fleet.said.get("group" if self.fleet.depth else "queue")
         return f"waiting{f', about {max(depth.visible - 1, 0)} ahead' if depth else ''}" + (
             f": {news}" if news else ""

@@ -422,6 +422,22 @@ def test_worker_json_tells_what_the_worker_does(
     assert told() == []
 
 
+def test_progress_says_how_long_such_a_job_ran_before(make_site: Callable[..., Site]) -> None:
+    site = make_site()
+    site.start_comfyui()
+    site.start_worker()
+    first = site.send(image_workflow(1))
+    ran_s = site.await_result(first)["timings"]["run_s"]
+    second = site.send(image_workflow(20))
+    key = f"output/{second}/progress.json"
+    await_that("it tells of itself", lambda: site.keys(key))
+    news = json.loads(site.s3.get_object(Bucket=site.bucket, Key=key)["Body"].read())
+    assert news["usual_run_s"] == pytest.approx(ran_s, abs=2)
+    assert datetime.fromisoformat(news["started_at"]).timestamp() == pytest.approx(
+        started_and_ended(site, second)[0], abs=2
+    )
+
+
 # --- Callbacks -------------------------------------------------------------------------------------------
 
 

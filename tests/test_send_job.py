@@ -572,6 +572,16 @@ def test_many_jobs_are_one_bar(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.endswith("Job b failed: no\n")
 
 
+def test_how_long_a_job_goes_on_is_told_by_past_runs_of_its_kind() -> None:
+    sender: Any = types.SimpleNamespace(settings=types.SimpleNamespace(s3_bucket="bucket"))
+    waiting = send_job.Waiting(sender, None, ["a"], send_job.Teller())
+    progress: Any = {"job_id": "a", "node_title": "KSampler", "nodes": 7, "usual_run_s": 300.0}
+    for ran_s, told in ((100, r", about (199|200) s left"), (400, "")):  # longer than ever: nobody knows
+        started_at = (datetime.now(UTC) - timedelta(seconds=ran_s)).isoformat()
+        waiting._note(progress | {"started_at": started_at})
+        assert re.fullmatch(f"running: KSampler{told}", waiting.line_of_one())
+
+
 @pytest.mark.parametrize(
     ("text", "columns", "fits"), [("abc", 3, "abc"), ("abcd", 3, "abc"), ("K采样器", 4, "K采"), ("", 0, "")]
 )
