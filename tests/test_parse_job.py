@@ -432,10 +432,9 @@ def test_progress_says_how_long_such_a_job_ran_before(make_site: Callable[..., S
     key = f"output/{second}/progress.json"
     await_that("it tells of itself", lambda: site.keys(key))
     news = json.loads(site.s3.get_object(Bucket=site.bucket, Key=key)["Body"].read())
-    assert news["usual_run_s"] == pytest.approx(ran_s, abs=2)
-    assert datetime.fromisoformat(news["started_at"]).timestamp() == pytest.approx(
-        started_and_ended(site, second)[0], abs=2
-    )
+    assert 1 <= news["usual_run_s"] <= ran_s + 0.1, "the receipt's figure has the upload in it"
+    started_at = datetime.fromisoformat(news["started_at"]).timestamp()
+    assert started_at == pytest.approx(started_and_ended(site, second)[0], abs=10)
 
 
 # --- Callbacks -------------------------------------------------------------------------------------------
