@@ -262,6 +262,11 @@ def large_workflow_key(job_id: str) -> str:
     return f"input/jobs/{job_id}.json"
 
 
+def result_key(job_id: str) -> str:
+    """The S3 key of a job's receipt."""
+    return f"output/{job_id}/result.json"
+
+
 def cancel_key(job_id: str) -> str:
     """The S3 key of the empty object that cancels a job."""
     return f"input/jobs/{job_id}.cancel"

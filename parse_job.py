@@ -78,6 +78,7 @@ from comfy_utils import (
     queue_depth,
     raise_capacity,
     read_group,
+    result_key,
     started_at,
     use_inputs,
 )
@@ -2071,11 +2072,6 @@ def remove_folder(folder: Path) -> None:
             path.rmdir() if path.is_dir() else path.unlink()
     with suppress(OSError):
         folder.rmdir()
-
-
-def result_key(job_id: str) -> str:
-    """The S3 key of a job's receipt."""
-    return f"output/{job_id}/result.json"
 
 
 def iso(moment: datetime) -> str:

@@ -63,6 +63,7 @@ from comfy_utils import (
     parse_message,
     queue_depth,
     raise_capacity,
+    result_key,
 )
 
 if TYPE_CHECKING:
@@ -934,7 +935,7 @@ FLEET_LOOK_S = 15.0
 
 def read_result(s3: Any, bucket: str, job_id: str) -> JobResult | None:
     """The job's result.json, None while it has none. Raises what boto3 raises."""
-    stored: JobResult | None = _read_json(s3, bucket, f"output/{job_id}/result.json")
+    stored: JobResult | None = _read_json(s3, bucket, result_key(job_id))
     return stored
 
 
