@@ -1,4 +1,4 @@
-"""What sender and worker share: settings, messages, scaling, the ComfyUI client, instance metadata.
+"""What sender and worker share: settings, messages, capacity, the ComfyUI client.
 
 Importing this module costs nothing: boto3, requests and websocket-client are imported where they are
 used. DESIGN facts (formats, promises) are in the README; ComfyUI's behaviour is stated where relied on.
@@ -403,31 +403,6 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
-def use_inputs(workflow: Workflow, names: Mapping[str, str]) -> Workflow:
-    """A copy of `workflow` in which every input that is one of `names` is what it is called on this machine.
-
-    Raises InvalidWorkflowError for a name that no node uses.
-    """
-    used = set()
-
-    def renamed(value: Any) -> Any:
-        if not isinstance(value, str) or value not in names:
-            return value
-        used.add(value)
-        return names[value]
-
-    changed = {
-        node_id: {**node, "inputs": {name: renamed(value) for name, value in node.get("inputs", {}).items()}}
-        for node_id, node in workflow.items()
-    }
-    for name in names:
-        if name not in used:
-            raise InvalidWorkflowError(
-                f"inputs has {name!r:.60}, but no node has an input of that value: name the file in one"
-            )
-    return changed
-
-
 def own_outputs(workflow: Workflow, job_id: str) -> Workflow:
     """A copy of `workflow` whose every filename_prefix begins with the job's own folder.
 
@@ -446,6 +421,11 @@ def own_outputs(workflow: Workflow, job_id: str) -> Workflow:
             inputs["filename_prefix"] = f"{job_id}/{prefix.lstrip('/')}"
         owned[node_id] = {**node, "inputs": inputs}
     return owned
+
+
+def iso(moment: datetime) -> str:
+    """ISO 8601 in UTC, to the millisecond, as all files in the bucket have it."""
+    return moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 # --- AWS -------------------------------------------------------------------------------------------------
@@ -1081,14 +1061,6 @@ class _Watch:
                 )
 
 
-def started_at(entry: Mapping[str, Any]) -> datetime | None:
-    """When ComfyUI began to run the job, from its history entry; None where it does not tell."""
-    for name, data in (entry.get("status") or {}).get("messages") or []:
-        if name == "execution_start" and isinstance(data.get("timestamp"), int):
-            return datetime.fromtimestamp(data["timestamp"] / 1000, UTC)
-    return None
-
-
 def _is_interrupted(entry: Mapping[str, Any]) -> bool:
     return (error_of(entry) or {}).get("kind") == "interrupted"
 
@@ -1184,51 +1156,3 @@ def outputs_of(entry: Mapping[str, Any]) -> tuple[list[OutputFile], dict[str, di
             if rest and kind != "animated":
                 values.setdefault(node_id, {})[kind] = rest
     return files, values
-
-
-# --- Instance metadata -----------------------------------------------------------------------------------
-
-
-class MetadataError(Exception):
-    """The instance metadata service does not answer: this is no EC2 instance, or access is off."""
-
-
-class Metadata:
-    """The instance metadata service, IMDSv2 only. AWS_EC2_METADATA_SERVICE_ENDPOINT moves it."""
-
-    def __init__(self) -> None:
-        endpoint = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT") or "http://169.254.169.254"
-        self.endpoint = endpoint.rstrip("/")
-        self._token = ""
-
-    def get(self, path: str) -> str | None:
-        """The text at `path` below /latest/meta-data/, None where there is nothing. Raises MetadataError."""
-        for _ in range(2):
-            if not self._token:
-                headers = {"X-aws-ec2-metadata-token-ttl-seconds": "21600"}
-                self._token = self._request("PUT", "/latest/api/token", headers) or ""
-            try:
-                return self._request("GET", f"/latest/meta-data/{path}", {"X-aws-ec2-metadata-token": self._token})
-            except PermissionError:
-                self._token = ""  # it has expired
-        raise MetadataError("the instance metadata service refuses its own token")
-
-    def _request(self, method: str, path: str, headers: Mapping[str, str]) -> str | None:
-        import urllib.error
-        import urllib.request
-
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # never by way of a proxy
-        request = urllib.request.Request(self.endpoint + path, method=method, headers=dict(headers))
-        try:
-            with opener.open(request, timeout=2) as answer:
-                return str(answer.read().decode())
-        except urllib.error.HTTPError as error:
-            if error.code == 404:
-                return None
-            if error.code == 401:
-                raise PermissionError from error
-            raise MetadataError(f"the instance metadata service answers HTTP {error.code} to {path}") from error
-        except OSError as error:
-            raise MetadataError(
-                f"the instance metadata service does not answer on {self.endpoint}: {error}"
-            ) from error

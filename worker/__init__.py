@@ -1,0 +1,1 @@
+"""The rooms of parse_job.py: a job's way through one instance."""

@@ -1,0 +1,78 @@
+"""What EC2 and the Auto Scaling group want of this instance, and how it is handed back."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from comfy_utils import HOOK_NAME
+from worker.errors import explain
+from worker.metadata import Metadata, MetadataError
+from worker.orders import Orders
+
+logger = logging.getLogger(__name__)
+
+LOOK_EVERY_S = 5
+"""How often the instance metadata is asked; AWS advises 5 s for spot notices."""
+BEAT_EVERY_S = 60
+"""How often more time is asked for while the last job ends."""
+
+
+class Lifecycle:
+    """Reads the instance metadata, and answers the group's termination hook."""
+
+    def __init__(self, metadata: Metadata, autoscaling: Any, asg_name: str, instance_id: str, orders: Orders) -> None:
+        self.in_group = False
+        self.warming = False  # in the warm pool: it boots only to be stopped, and takes nothing
+        self._metadata = metadata
+        self._autoscaling = autoscaling
+        self._hook = {
+            "LifecycleHookName": HOOK_NAME,
+            "AutoScalingGroupName": asg_name,
+            "InstanceId": instance_id,
+        }
+        self._orders = orders
+
+    def look(self) -> bool:
+        """Read what EC2 and the group want of this instance; returns whether EC2 advises to leave while there is time."""
+        try:
+            state = self._metadata.get("autoscaling/target-lifecycle-state")
+            notice = self._metadata.get("spot/instance-action")
+            rebalance = self._metadata.get("events/recommendations/rebalance")
+        except MetadataError:
+            return False  # the base machine may be no EC2 instance at all
+        self.in_group = state is not None
+        warming = state is not None and state.startswith("Warmed:")
+        if warming != self.warming:
+            self.warming = warming
+            logger.info("In the warm pool: nothing is taken" if warming else "In service: jobs are taken")
+        if notice is not None and not self._orders.spot.is_set():
+            logger.warning("Spot notice: the instance is taken away, its job is given back")
+            self._orders.spot.set()
+        if state == "Terminated" and not self._orders.drain.is_set():
+            logger.info("The group takes this instance: nothing new is taken")
+            self._orders.drain.set()
+        return rebalance is not None and self.in_group and not self._orders.is_leaving()
+
+    def beat(self) -> None:
+        """Ask for more time while the last job ends."""
+        try:
+            self._autoscaling.record_lifecycle_action_heartbeat(**self._hook)
+        except Exception as error:
+            logger.info("No lifecycle heartbeat: %s", explain(error))
+
+    def complete(self) -> None:
+        """Let the group go on with the termination; without it the hook's timeout does."""
+        delay_s = 0.25
+        for _ in range(10):
+            try:
+                self._autoscaling.complete_lifecycle_action(**self._hook, LifecycleActionResult="CONTINUE")
+            except Exception as error:
+                # The hook may not have begun yet, just after we asked to be terminated.
+                logger.info("Lifecycle action not completed yet: %s", explain(error))
+                if self._orders.stop.wait(delay_s):
+                    return
+                delay_s = min(delay_s * 2, 30)
+            else:
+                logger.info("Lifecycle action completed")
+                return
