@@ -875,7 +875,11 @@ class ComfyUI:
             if self._line is None or not self._line.watch(watch):
                 client_id = new_job_id()  # a fresh one: the server may forget a second socket of the same id
                 try:
-                    socket = websocket.create_connection(f"ws://{self.address}/ws?clientId={client_id}", timeout=10)
+                    socket = websocket.create_connection(
+                        f"ws://{self.address}/ws?clientId={client_id}",
+                        timeout=10,
+                        skip_utf8_validation=True,  # json does it, and in no time
+                    )
                 except (websocket.WebSocketException, OSError) as error:
                     raise ComfyGoneError(f"ComfyUI on {self.address} does not answer: {error}") from error
                 socket.settimeout(None)

@@ -12,7 +12,9 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from comfy_utils import (
@@ -47,18 +49,19 @@ INTERRUPT_S = 60
 """An interrupt takes effect at the next node or sampler step; a node that takes longer is stuck."""
 
 
+@dataclass(eq=False)
 class ComfyCare:
     """Runs workflows in ComfyUI, and knows how it has fared."""
 
-    def __init__(self, settings: Settings, comfy: ComfyUI, orders: Orders) -> None:
-        self._settings = settings
-        self._comfy = comfy
-        self._orders = orders
-        self._lock = threading.Lock()
-        self._answered_at: float | None = None  # when ComfyUI last did
-        self._warmed_up = settings.warmup_workflow is None
-        self._failures = 0  # in a row
-        self._failed_at = self._restarted_at = -math.inf
+    settings: Settings
+    comfy: ComfyUI
+    orders: Orders
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _answered_at: float | None = None  # when ComfyUI last did
+    _is_warm: bool = False
+    _failures: int = 0  # in a row
+    _failed_at: float = -math.inf
+    _restarted_at: float = -math.inf
 
     # --- Ready or not ------------------------------------------------------------------------------------
 
@@ -67,30 +70,30 @@ class ComfyCare:
 
         Until its first answer it may take any time, because models may have to be copied.
         """
-        address = self._settings.comfy_address
+        address = self.settings.comfy_address
         limit = time.monotonic() + READY_WAIT_S
-        while not self._comfy.is_ready():
-            if self._orders.should_stop() or self._orders.is_leaving() or time.monotonic() > limit:
+        while not self.comfy.is_ready():
+            if self.orders.should_stop() or self.orders.is_leaving() or time.monotonic() > limit:
                 if self._answered_at is None:
                     logger.info("Waiting for ComfyUI on %s", address)
                     return False
                 gone_s = time.monotonic() - self._answered_at
                 logger.warning("ComfyUI has not answered on %s for %.0f s", address, gone_s)
-                if gone_s > self._settings.stall_timeout_s:
+                if gone_s > self.settings.stall_timeout_s:
                     self._note_failure(time.monotonic())
                     self._restart(time.monotonic())
                 return False
-            self._orders.stop.wait(0.1)
+            self.orders.stop.wait(0.1)
         self._answered_at = time.monotonic()
-        if not self._warmed_up:
-            self._warm_up()
-        return not self._orders.is_leaving()
+        if self.settings.warmup_workflow is not None and not self._is_warm:
+            self._warm_up(self.settings.warmup_workflow)
+        return not self.orders.is_leaving()
 
     def comes_back(self, attempt: int) -> bool:
         """Wait for a ComfyUI that is gone, with a job in hand that it had not started; False where that takes long."""
         limit = time.monotonic() + COMFY_BACK_S
-        while not self._comfy.is_ready():
-            if self._orders.gives_back(attempt):
+        while not self.comfy.is_ready():
+            if self.orders.gives_back(attempt):
                 raise JobStoppedError
             if time.monotonic() > limit:
                 return False
@@ -98,20 +101,18 @@ class ComfyCare:
         self._answered_at = time.monotonic()
         return True
 
-    def _warm_up(self) -> None:
+    def _warm_up(self, path: Path) -> None:
         """Run WARMUP_WORKFLOW once, so that the first job does not pay for loading the models."""
-        self._warmed_up = True
-        path = self._settings.warmup_workflow
-        assert path is not None
+        self._is_warm = True
         job_id, began = new_job_id(), time.monotonic()
         try:
             workflow = own_outputs(check_workflow(json.loads(path.read_bytes())), job_id)
-            finished = self._comfy.run(
+            finished = self.comfy.run(
                 workflow,
                 job_id,
-                timeout_s=self._settings.job_timeout_s,
-                stall_s=self._settings.stall_timeout_s,
-                should_stop=lambda: self._orders.should_stop() or self._orders.is_leaving(),
+                timeout_s=self.settings.job_timeout_s,
+                stall_s=self.settings.stall_timeout_s,
+                should_stop=lambda: self.orders.should_stop() or self.orders.is_leaving(),
             )
             error = error_of(finished.entry)
             if error is not None:
@@ -121,7 +122,7 @@ class ComfyCare:
             logger.info("Not warmed up: this worker stops")
         except Exception as error:
             logger.warning("Cannot warm up with WARMUP_WORKFLOW=%s, so the first job takes longer: %s", path, error)
-        remove_folder(self._settings.output_dir / job_id)
+        remove_folder(self.settings.output_dir / job_id)
 
     # --- Running -----------------------------------------------------------------------------------------
 
@@ -151,11 +152,11 @@ class ComfyCare:
 
         for again in (False, True):
             try:
-                finished = self._comfy.run(
+                finished = self.comfy.run(
                     workflow,
                     job_id,
-                    timeout_s=self._settings.job_timeout_s,
-                    stall_s=self._settings.stall_timeout_s,
+                    timeout_s=self.settings.job_timeout_s,
+                    stall_s=self.settings.stall_timeout_s,
                     on_progress=note,
                     should_stop=should_stop,
                     should_withdraw=should_withdraw,
@@ -176,14 +177,14 @@ class ComfyCare:
                 return began_at, finished
             logger.warning("Job %s ran out of memory%s", job_id, " again" if again else ": freeing, one more try")
             with suppress(ComfyGoneError):
-                self._comfy.free()
+                self.comfy.free()
         raise PutBackError("out of memory, also after ComfyUI freed its own")
 
     def _await_free_executor(self, job_id: str) -> None:
         """Restart ComfyUI if it does not let go of an interrupted job: the next would wait behind it."""
         limit = time.monotonic() + INTERRUPT_S
         try:
-            while self._comfy.place(job_id) is not None and not self._orders.should_stop():
+            while self.comfy.place(job_id) is not None and not self.orders.should_stop():
                 if time.monotonic() > limit:
                     self._restart(limit)
                     return
@@ -241,7 +242,17 @@ def kill_comfyui() -> None:
 
 def started_at(entry: Mapping[str, Any]) -> datetime | None:
     """When ComfyUI began to run the job, from its history entry; None where it does not tell."""
-    for name, data in (entry.get("status") or {}).get("messages") or []:
-        if name == "execution_start" and isinstance(data.get("timestamp"), int):
-            return datetime.fromtimestamp(data["timestamp"] / 1000, UTC)
-    return None
+    stamps = _timestamps(entry)
+    return datetime.fromtimestamp(stamps["execution_start"] / 1000, UTC) if "execution_start" in stamps else None
+
+
+def ran_s(entry: Mapping[str, Any]) -> float | None:
+    """How many seconds ComfyUI ran the job, without what the worker needs to hear of it; None where it does not tell."""
+    stamps = _timestamps(entry)
+    return (max(stamps.values()) - stamps["execution_start"]) / 1000 if "execution_start" in stamps else None
+
+
+def _timestamps(entry: Mapping[str, Any]) -> dict[str, int]:
+    """The milliseconds since 1970 of what ComfyUI notes of a run."""
+    messages = (entry.get("status") or {}).get("messages") or []
+    return {name: data["timestamp"] for name, data in messages if isinstance(data.get("timestamp"), int)}

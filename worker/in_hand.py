@@ -157,6 +157,11 @@ class InHand:
                 self._running[job_id] = Running(time.monotonic(), news)
             self.changed.notify_all()
 
+    def note_run_time(self, seconds: float) -> None:
+        """How long the last job really ran, where that is known better than by when its thread heard of it."""
+        with self.changed:
+            self.last_run_s = seconds
+
     def note_progress(self, job_id: str, news: dict[str, Any]) -> None:
         """How far a job is that runs."""
         with self.changed:

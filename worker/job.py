@@ -6,8 +6,9 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 from comfy_utils import (
     Finished,
@@ -28,7 +29,7 @@ from comfy_utils import (
     parse_message,
 )
 from worker.cancel import CancelWatch
-from worker.comfy_care import ComfyCare
+from worker.comfy_care import ComfyCare, ran_s
 from worker.commands import run_command
 from worker.errors import NeverStartedError, PutBackError, explain
 from worker.in_hand import InHand
@@ -44,6 +45,8 @@ from worker.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 PROGRESS_S = 5
 STOP_S = 3
 """So long the running job waits, when all are given back, for those behind it to be taken out of the queue."""
@@ -51,49 +54,39 @@ USUAL_RUNS = 100
 """Of so many kinds of workflows it is remembered how long they run, for those who wait."""
 
 
+@dataclass(eq=False)
 class Jobs:
     """Brings messages to their end, each in a thread of its own."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        instance_id: str,
-        in_hand: InHand,
-        orders: Orders,
-        watchdog: Watchdog,
-        care: ComfyCare,
-        inputs: Inputs,
-        results: Results,
-        reports: Reports,
-        on_job_done: Callable[[Result], None],
-    ) -> None:
-        self._settings = settings
-        self._instance_id = instance_id
-        self._in_hand = in_hand
-        self._orders = orders
-        self._watchdog = watchdog
-        self._care = care
-        self._inputs = inputs
-        self._results = results
-        self._reports = reports
-        self._on_job_done = on_job_done
-        self._usual_runs_s: dict[str, float] = {}  # a workflow's nodes -> how long the last one of them ran
+    settings: Settings
+    instance_id: str
+    in_hand: InHand
+    orders: Orders
+    watchdog: Watchdog
+    care: ComfyCare
+    inputs: Inputs
+    results: Results
+    reports: Reports
+    on_job_done: Callable[[Result], None]
+    _usual_runs_s: dict[str, float] = field(
+        default_factory=dict
+    )  # a workflow's nodes -> how long one of them last ran
 
     def process(self, lease: Lease) -> None:
         """Bring one message to its end: result stored, callback accepted, message deleted; or put it back."""
         with self._putting_back(lease):
-            with self._in_turn(lease), CancelWatch(self._inputs.is_cancelled, self._orders.should_stop) as cancel:
-                if self._orders.gives_back(lease.attempt):
+            with self._in_turn(lease), CancelWatch(self.inputs.is_cancelled, self.orders.should_stop) as cancel:
+                if self.orders.gives_back(lease.attempt):
                     raise JobStoppedError
                 try:
                     job, invalid = understand(lease)
                 except NothingToRunError as reason:
                     self._drop(lease, reason)
                     return
-                self._in_hand.claim(lease, job.id, lambda: self._orders.gives_back(lease.attempt))
+                self.in_hand.claim(lease, job.id, lambda: self.orders.gives_back(lease.attempt))
                 logger.info("Job %s: attempt %d", job.id, lease.attempt)
                 cancel.watch(job.id)
-                result = self._insist(lambda: self._results.stored(job.id))
+                result = self._insist(lambda: self.results.stored(job.id))
                 if result is None:
                     ran = self._run(job, invalid, lease, cancel)
             # The GPU does not wait for S3, nor for somebody's server.
@@ -108,27 +101,27 @@ class Jobs:
 
     def _store(self, job: Job, ran: Ran, lease: Lease) -> Result:
         """The job has run: store its files and its receipt."""
-        made = self._results.make(job, ran, lease)
-        result = self._insist(lambda: self._results.store(made))
+        made = self.results.make(job, ran, lease)
+        result = self._insist(lambda: self.results.store(made))
         lease.stored = True
-        self._reports.count(result)
+        self.reports.count(result)
         return result
 
     def _finish(self, job: Job, result: Result, lease: Lease) -> None:
         """The job has its receipt: tell whoever is to hear of it, and delete the message."""
-        self._results.call_back(job, result)
+        self.results.call_back(job, result)
         try:
-            self._on_job_done(result)
+            self.on_job_done(result)
         except Exception:
             logger.exception("on_job_done failed for job %s", job.id)
         if lease.lost:
             logger.warning("Job %s: its lease was lost, so its message comes again and is deleted then", job.id)
         else:
-            self._insist(lease.delete)
+            self._insist(lambda: lease.delete(more_come=self.in_hand.not_run() > 0))
         lease.end()
-        self._results.remove_local_files(job.id)
-        self._inputs.remove(job, result["error"])
-        self._in_hand.let_go(lease)
+        self.results.remove_local_files(job.id)
+        self.inputs.remove(job, result["error"])
+        self.in_hand.let_go(lease)
         reason = f" ({result['error']['message']})" if result["error"] else ""
         logger.info("Job %s: %s%s", job.id, result["status"], reason)
 
@@ -137,7 +130,7 @@ class Jobs:
         logger.info("Message %s asks for nothing: %s", lease.message_id, reason)
         self._insist(lease.delete)
         lease.end()
-        self._in_hand.let_go(lease)
+        self.in_hand.let_go(lease)
 
     @contextmanager
     def _putting_back(self, lease: Lease) -> Iterator[None]:
@@ -147,9 +140,9 @@ class Jobs:
         except JobStoppedError:
             logger.info("Message %s is given back: it is not to run here", lease.message_id)
             lease.end()
-            self._in_hand.await_received()
+            self.in_hand.await_received()
             lease.put_back(0)
-            self._in_hand.let_go(lease)
+            self.in_hand.let_go(lease)
         except Exception as error:
             # The delay doubles with each attempt. After MAX_RECEIVES SQS moves it to the dead-letter queue.
             # A job that stood in the queue of a ComfyUI which died has not failed: it is for anyone, at once, if
@@ -161,12 +154,12 @@ class Jobs:
                 lease.message_id,
                 delay_s,
                 lease.attempt,
-                self._settings.max_receives,
+                self.settings.max_receives,
                 explain(error),
                 exc_info=not (isinstance(error, PutBackError) or error_code(error)),
             )
             lease.put_back(delay_s)
-            self._in_hand.let_go(lease, delay_s)
+            self.in_hand.let_go(lease, delay_s)
 
     # --- The run -----------------------------------------------------------------------------------------
 
@@ -174,10 +167,10 @@ class Jobs:
     def _in_turn(self, lease: Lease) -> Iterator[None]:
         """While the block runs, the job is one that has not run to its end, and its thread has to turn."""
         try:
-            with self._watchdog.watched():
+            with self.watchdog.watched():
                 yield
         finally:
-            self._in_hand.note_run(lease)
+            self.in_hand.note_run(lease)
 
     def _run(self, job: Job, invalid: str | None, lease: Lease, cancel: CancelWatch) -> Ran:
         """Run the job to its end; raises PutBackError or JobStoppedError."""
@@ -190,11 +183,13 @@ class Jobs:
             return self._run_command(job, job.command, lease, cancel)
         progress: Progress | None = None
         try:
-            workflow = own_outputs(job.workflow or self._insist(lambda: self._inputs.fetch_workflow(job)), job.id)
-            workflow = self._inputs.fetch(job, workflow, cancel.should_stop)
+            workflow = own_outputs(job.workflow or self._insist(lambda: self.inputs.fetch_workflow(job)), job.id)
+            workflow = self.inputs.fetch(job, workflow, cancel.should_stop)
             nodes = " ".join(sorted(node["class_type"] for node in workflow.values()))
-            progress = Progress(workflow, job.id, self._instance_id, self._usual_runs_s.get(nodes))
+            progress = Progress(workflow, job.id, self.instance_id, self._usual_runs_s.get(nodes))
             began_at, finished = self._run_workflow(job, workflow, progress, lease, cancel)
+            if (seconds := ran_s(finished.entry)) is not None:
+                self.in_hand.note_run_time(seconds)
         except InvalidWorkflowError as reason:
             return Ran(now, error=job_error("invalid_workflow", str(reason)))
         except WorkflowRefusedError as refused:
@@ -204,7 +199,7 @@ class Jobs:
             when = "while it ran" if began_at else "before its turn"
             return Ran(began_at or now, error=job_error("cancelled", f"the job was cancelled {when}"))
         except JobTimeoutError:
-            error = job_error("timeout", f"the job ran longer than JOB_TIMEOUT={self._settings.job_timeout_s} s")
+            error = job_error("timeout", f"the job ran longer than JOB_TIMEOUT={self.settings.job_timeout_s} s")
             return Ran((progress and progress.started_at) or now, error=error)
         ran = Ran(began_at or progress.started_at or now, finished, error=error_of(finished.entry))
         if ran.error is None:
@@ -215,12 +210,12 @@ class Jobs:
         """Run a command when its turn has come."""
         now = datetime.now(UTC)
         try:
-            with self._in_hand.running(
-                job.id, self._may_not_start(lease, cancel), alone=not self._settings.exec_cmd_beside
+            with self.in_hand.running(
+                job.id, self._may_not_start(lease, cancel), alone=not self.settings.exec_cmd_beside
             ):
                 now = datetime.now(UTC)
-                self._in_hand.note_running(job.id)
-                values, error = run_command(self._settings, job.id, command, cancel.should_stop)
+                self.in_hand.note_running(job.id)
+                values, error = run_command(self.settings, job.id, command, cancel.should_stop)
                 return Ran(now, values=values, error=error)
         except JobCancelledError:
             return Ran(now, error=job_error("cancelled", "the job was cancelled before its turn"))
@@ -234,7 +229,7 @@ class Jobs:
 
         def note(event: dict[str, Any]) -> None:
             if event["type"] == "execution_start":
-                self._in_hand.note_running(job.id)
+                self.in_hand.note_running(job.id)
             progress.note(event)
 
         def should_stop() -> bool:
@@ -242,27 +237,27 @@ class Jobs:
             if not cancel.should_stop():
                 return False
             stopped_at.append(time.monotonic())
-            return not self._in_hand.is_before_others(job.id) or time.monotonic() > stopped_at[0] + STOP_S
+            return not self.in_hand.is_before_others(job.id) or time.monotonic() > stopped_at[0] + STOP_S
 
         def should_withdraw() -> bool:
             """Others may start it sooner than we can. An attempt is used up, so not the last ones."""
             waited_s = time.monotonic() - submitted_at
-            too_long = min(self._in_hand.running_s(), waited_s) > AHEAD_LIMIT_S
-            is_early = lease.attempt < self._settings.max_receives - 1
-            return self._orders.gives_back(lease.attempt) or (too_long and is_early)
+            too_long = min(self.in_hand.running_s(), waited_s) > AHEAD_LIMIT_S
+            is_early = lease.attempt < self.settings.max_receives - 1
+            return self.orders.gives_back(lease.attempt) or (too_long and is_early)
 
         def run() -> tuple[datetime | None, Finished]:
-            return self._care.run(
+            return self.care.run(
                 workflow,
                 job.id,
                 on_progress=note,
                 should_stop=should_stop,
                 should_withdraw=should_withdraw,
-                before_first_submit=lambda: self._results.remove_local_files(job.id),  # of a try cut short
+                before_first_submit=lambda: self.results.remove_local_files(job.id),  # of a try cut short
             )
 
         with (
-            self._in_hand.running(job.id, self._may_not_start(lease, cancel), alone=False),
+            self.in_hand.running(job.id, self._may_not_start(lease, cancel), alone=False),
             every(PROGRESS_S, lambda: self._tell(progress)),
         ):
             submitted_at = time.monotonic()
@@ -270,7 +265,7 @@ class Jobs:
                 return run()
             except NeverStartedError:
                 # It stood behind another, which may have killed ComfyUI. To give it back would use up an attempt.
-                if not self._care.comes_back(lease.attempt):
+                if not self.care.comes_back(lease.attempt):
                     raise
                 logger.info("Job %s had not started: ComfyUI is back, once more", job.id)
                 submitted_at = time.monotonic()
@@ -278,14 +273,14 @@ class Jobs:
 
     def _may_not_start(self, lease: Lease, cancel: CancelWatch) -> Callable[[], bool]:
         """What is asked while a job waits for its turn."""
-        return lambda: cancel.should_stop() or self._orders.gives_back(lease.attempt)
+        return lambda: cancel.should_stop() or self.orders.gives_back(lease.attempt)
 
     def _tell(self, progress: Progress) -> None:
         """Tell those who wait, and the operator, how far the job is."""
-        news = self._results.store_progress(progress)
+        news = self.results.store_progress(progress)
         if news is not None:
             seen = {name: news.get(name) for name in ("node_title", "value", "max")}
-            self._in_hand.note_progress(progress.job_id, seen)
+            self.in_hand.note_progress(progress.job_id, seen)
 
     def _remember(self, nodes: str, seconds: float) -> None:
         """How long a workflow of these nodes ran."""
@@ -293,8 +288,8 @@ class Jobs:
         if len(self._usual_runs_s) > USUAL_RUNS:
             del self._usual_runs_s[next(iter(self._usual_runs_s))]
 
-    def _insist(self, action: Callable[[], Any]) -> Any:
-        return insist(action, self._orders.pause)
+    def _insist(self, action: Callable[[], T]) -> T:
+        return insist(action, self.orders.pause)
 
 
 def understand(lease: Lease) -> tuple[Job, str | None]:

@@ -58,9 +58,9 @@ class Lease:
         except Exception as error:
             logger.warning("Message %s comes back when its lease ends: %s", self.message_id, explain(error))
 
-    def delete(self) -> None:
-        """Delete the message."""
-        self._queue.delete(self._receipt)
+    def delete(self, *, more_come: bool = False) -> None:
+        """Delete the message, if `more_come` soon together with them."""
+        self._queue.delete(self._receipt, more_come=more_come)
 
     def _hold(self) -> None:
         wait_s = self._timeout_s / 3

@@ -6,8 +6,10 @@ import logging
 import queue
 import sys
 import threading
+import time
 from concurrent.futures import Future
-from typing import Any
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 from comfy_utils import QueueDepth, queue_depth
 from worker.errors import explain
@@ -19,6 +21,14 @@ logger = logging.getLogger(__name__)
 
 BATCH = 10
 """SQS hands out and deletes so many messages in a call at most."""
+LINGER_S = 0.2
+"""So long a message that is to be deleted waits for others which are said to come."""
+
+
+class _Deletion(NamedTuple):
+    receipt: str
+    more_come: bool
+    done: Future[None]
 
 
 class Queue:
@@ -29,7 +39,7 @@ class Queue:
         self.name = name
         self._sqs = sqs
         self._visibility_timeout_s = visibility_timeout_s
-        self._to_delete: queue.SimpleQueue[tuple[str, Future[None]]] = queue.SimpleQueue()
+        self._to_delete: queue.SimpleQueue[_Deletion] = queue.SimpleQueue()
         threading.Thread(target=self._delete_all, name="deleter", daemon=True).start()
 
     def find(self, orders: Orders) -> None:
@@ -65,10 +75,10 @@ class Queue:
         """Let nobody receive the message for so long from now on; 0 gives it back at once."""
         self._sqs.change_message_visibility(QueueUrl=self.url, ReceiptHandle=receipt, VisibilityTimeout=seconds)
 
-    def delete(self, receipt: str) -> None:
-        """Delete a message; returns when it is gone."""
+    def delete(self, receipt: str, *, more_come: bool = False) -> None:
+        """Delete a message, if `more_come` soon in one call with them; returns when it is gone."""
         done: Future[None] = Future()
-        self._to_delete.put((receipt, done))
+        self._to_delete.put(_Deletion(receipt, more_come, done))
         done.result()
 
     def depth(self) -> QueueDepth:
@@ -76,20 +86,23 @@ class Queue:
         return queue_depth(self._sqs, self.url)
 
     def _delete_all(self) -> None:
-        """One call after the other, each with what has come during the last one: a lone message waits for nobody."""
+        """Delete what is to be deleted, as many as possible in a call."""
         while True:
             batch = [self._to_delete.get()]
-            while len(batch) < BATCH and not self._to_delete.empty():
-                batch.append(self._to_delete.get())
+            limit = time.monotonic() + LINGER_S
+            with suppress(queue.Empty):
+                while len(batch) < BATCH:
+                    left_s = limit - time.monotonic() if batch[-1].more_come else 0
+                    batch.append(self._to_delete.get(timeout=max(0, left_s)))
             try:
-                failed = self._delete_batch([receipt for receipt, _ in batch])
+                failed = self._delete_batch([deletion.receipt for deletion in batch])
             except Exception as error:
                 failed = dict.fromkeys(range(len(batch)), error)
-            for number, (_, done) in enumerate(batch):
+            for number, deletion in enumerate(batch):
                 if number in failed:
-                    done.set_exception(failed[number])
+                    deletion.done.set_exception(failed[number])
                 else:
-                    done.set_result(None)
+                    deletion.done.set_result(None)
 
     def _delete_batch(self, receipts: list[str]) -> dict[int, Exception]:
         """The messages that were not deleted, by their place, and why."""

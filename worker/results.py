@@ -53,16 +53,16 @@ class Ran:
     error: dict[str, Any] | None = None
 
 
+@dataclass(eq=False)
 class Results:
     """Stores what a job has made, and tells of it."""
 
-    def __init__(self, settings: Settings, bucket: Bucket, comfy: ComfyUI, orders: Orders, instance_id: str) -> None:
-        self._settings = settings
-        self._bucket = bucket
-        self._comfy = comfy
-        self._orders = orders
-        self._instance_id = instance_id
-        self._uploads = ThreadPoolExecutor(UPLOADS_AT_ONCE, thread_name_prefix="upload")
+    settings: Settings
+    bucket: Bucket
+    comfy: ComfyUI
+    orders: Orders
+    instance_id: str
+    _uploads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(UPLOADS_AT_ONCE, "upload"))
 
     # --- The receipt -------------------------------------------------------------------------------------
 
@@ -78,7 +78,7 @@ class Results:
             warnings = [f"dropped: {text}" for text in explain_node_errors(ran.finished.node_errors)]
             warnings += [f"blocked: {ran.finished.blocked}"] if ran.finished.blocked else []
             files, values = outputs_of(ran.finished.entry)
-            outputs, missing = insist(lambda: self.store_files(job.id, files), self._orders.pause)
+            outputs, missing = insist(lambda: self.store_files(job.id, files), self.orders.pause)
             if missing and any(file.type == "temp" for file in files) and self._has_forgotten(job.id):
                 raise PutBackError(f"{missing[0]}: ComfyUI empties its temp folder when it starts")
             if missing and error is None:
@@ -88,8 +88,8 @@ class Results:
         return {
             "job_id": job.id,
             "status": "failed" if error else "succeeded",
-            "env": self._settings.env,
-            "instance_id": self._instance_id,
+            "env": self.settings.env,
+            "instance_id": self.instance_id,
             "attempt": lease.attempt,
             "outputs": outputs,
             "values": values,
@@ -107,7 +107,7 @@ class Results:
 
     def stored(self, job_id: str) -> Result | None:
         """The job's result.json, None while it has none."""
-        found = self._bucket.open(result_key(job_id))
+        found = self.bucket.open(result_key(job_id))
         if found is None:
             return None
         result: Result = json.loads(found[0].read())
@@ -116,7 +116,7 @@ class Results:
     def store(self, result: Result) -> Result:
         """Write result.json, unless another worker was first; return the one that stands."""
         try:
-            self._bucket.write(result_key(result["job_id"]), json.dumps(result).encode(), IfNoneMatch="*")
+            self.bucket.write(result_key(result["job_id"]), json.dumps(result).encode(), IfNoneMatch="*")
         except Exception as error:
             if error_code(error) not in ("PreconditionFailed", "ConditionalRequestConflict"):
                 raise
@@ -130,7 +130,7 @@ class Results:
     def _has_forgotten(self, job_id: str) -> bool:
         """Whether ComfyUI was restarted after it ran the job."""
         try:
-            return self._comfy.history(job_id) is None
+            return self.comfy.history(job_id) is None
         except ComfyGoneError:
             return True
 
@@ -142,7 +142,7 @@ class Results:
         Returns the `outputs` of the result, and a sentence for each named file that is not there (as
         when ComfyUI served it from its cache after the file was deleted).
         """
-        root = self._settings.output_dir
+        root = self.settings.output_dir
         found: list[tuple[dict[str, Any], Path]] = []
         missing: list[str] = []
         for file in named:
@@ -169,7 +169,7 @@ class Results:
 
     def local_path(self, file: OutputFile) -> Path | None:
         """Where ComfyUI put the file; None for a place outside its folders."""
-        roots = {"output": self._settings.output_dir, "temp": self._settings.comfy_home / "ComfyUI/temp"}
+        roots = {"output": self.settings.output_dir, "temp": self.settings.comfy_home / "ComfyUI/temp"}
         root = roots.get(file.type)
         parts = PurePosixPath(file.subfolder, file.filename)
         if root is None or parts.is_absolute() or ".." in parts.parts:
@@ -186,18 +186,18 @@ class Results:
         if type_ == "temp":
             key = f"output/{job_id}/temp/{path.name}"
         else:
-            relative = path.relative_to(self._settings.output_dir).as_posix()
-            own = relative.startswith(f"{job_id}/") or self._settings.env == "base"
+            relative = path.relative_to(self.settings.output_dir).as_posix()
+            own = relative.startswith(f"{job_id}/") or self.settings.env == "base"
             key = f"output/{relative}" if own else f"output/{job_id}/{relative}"
-        if self._settings.env != "base" or self._bucket.size(key) != path.stat().st_size:
-            self._bucket.upload(path, key)
+        if self.settings.env != "base" or self.bucket.size(key) != path.stat().st_size:
+            self.bucket.upload(path, key)
         return key
 
     def remove_local_files(self, job_id: str) -> None:
         """Free the instance's disk of a job's files: they are in the bucket, or of no use."""
-        if self._settings.env == "base":
+        if self.settings.env == "base":
             return  # there the output folder is the bucket itself
-        remove_folder(self._settings.output_dir / job_id)
+        remove_folder(self.settings.output_dir / job_id)
 
     # --- Telling of it -----------------------------------------------------------------------------------
 
@@ -205,17 +205,17 @@ class Results:
         """Write progress.json and return what it says; None if nothing has changed since the last time."""
         news = progress.news()
         if news is not None:
-            self._bucket.write(f"output/{progress.job_id}/progress.json", json.dumps(news).encode())
+            self.bucket.write(f"output/{progress.job_id}/progress.json", json.dumps(news).encode())
         return news
 
     def call_back(self, job: Job, result: Result) -> None:
         """POST the result to the job's callback, signed; raises PutBackError when it is not accepted."""
-        url = job.callback_url or self._settings.callback_url
+        url = job.callback_url or self.settings.callback_url
         reason = ""
         for attempt in range(CALLBACK_TRIES if url else 0):
             if attempt:
-                self._orders.pause(backoff_s(attempt))
-            reason = post_result(url, result, self._settings.callback_secret)
+                self.orders.pause(backoff_s(attempt))
+            reason = post_result(url, result, self.settings.callback_secret)
             if not reason:
                 return
             logger.info("The callback of job %s failed: %s", job.id, reason)
