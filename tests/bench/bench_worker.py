@@ -7,7 +7,10 @@ the end of the second job to the end of the last, as ComfyUI's history has them:
 worker has seen that more wait. Share is the one over the other. A gap is the time from one job's end to the next
 one's start. Every file and receipt is looked for at the end.
 
-Usage: tests/bench/bench_worker.py [--scale X] [--memory JOBS] [--only MS]
+Usage: tests/bench/bench_worker.py [--scale X] [--memory JOBS] [--only MS] [--wanted N] [--scripts DIR]
+
+--wanted puts the worker into an Auto Scaling group that wants N instances, all of which are in service for AWS, though
+only this one takes jobs yet. --scripts measures the worker of another checkout, to compare with.
 
 COMFY_ADDRESS=host:port uses a real ComfyUI on this machine, and COMFY_OUTPUT names its output folder. It needs the
 nodes EmptyImage, ImageBlur and SaveImage; so many are blurred that a job takes as long as it should.
@@ -37,7 +40,7 @@ from bench_tools import at_distance
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cloud"))
 from local_cloud import ACCOUNT_ID, REGION, free_port
-from places import CLOUD, copy_comfyui, copy_scripts
+from places import CLOUD, ROOT, copy_comfyui, copy_scripts
 
 JOBS = {0: 200, 50: 60, 200: 20, 1000: 7}
 """A job's milliseconds and how many of them are measured, so that the whole takes little more than a minute."""
@@ -147,13 +150,27 @@ class Comfy:
 class Site:
     """A worker's folder, its queue and bucket."""
 
-    def __init__(self, home: Path, comfy: Comfy, endpoint: str) -> None:
+    def __init__(self, home: Path, comfy: Comfy, endpoint: str, scripts: Path) -> None:
         self.home, self.comfy, self.endpoint = home, comfy, endpoint
         self.sqs, self.s3 = (self.client(name) for name in ("sqs", "s3"))
         self.queue_url = self.sqs.create_queue(QueueName="simple-comfy-bench-queue")["QueueUrl"]
         self.s3.create_bucket(Bucket=BUCKET, CreateBucketConfiguration={"LocationConstraint": REGION})
-        copy_scripts(home)
+        copy_scripts(home, scripts)
         (home / "env").write_text(f"{SETTINGS}COMFY_HOME={home}\nCOMFY_ADDRESS={comfy.address}\n")
+
+    def make_group(self, wanted: int) -> None:
+        """A group that wants so many instances, which are in service at once."""
+        ec2, autoscaling = self.client("ec2"), self.client("autoscaling")
+        name, image = "simple-comfy-bench-asg", ec2.register_image(Name="bench")["ImageId"]
+        ec2.create_launch_template(LaunchTemplateName=name, LaunchTemplateData={"ImageId": image})
+        autoscaling.create_auto_scaling_group(
+            AutoScalingGroupName=name,
+            LaunchTemplate={"LaunchTemplateName": name},
+            MinSize=0,
+            MaxSize=wanted,
+            DesiredCapacity=wanted,
+            AvailabilityZones=["us-west-2a"],
+        )
 
     def client(self, service: str) -> Any:
         """A client without the distance."""
@@ -314,6 +331,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--memory", type=int, default=0, metavar="JOBS", help="then the memory while so many jobs pass, such as 10000"
     )
+    parser.add_argument("--wanted", type=int, default=0, metavar="N", help="in a group that wants so many instances")
+    parser.add_argument("--scripts", type=Path, default=ROOT, metavar="DIR", help="another checkout's worker")
     options = parser.parse_args(arguments)
     if options.scale <= 0 or options.memory < 0:
         parser.error("--scale is above 0, --memory not below it")
@@ -327,7 +346,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         try:
             assert cloud.stdout is not None
-            site = Site(home, comfy, cloud.stdout.readline().split()[0])
+            site = Site(home, comfy, cloud.stdout.readline().split()[0], options.scripts)
+            if options.wanted:
+                site.make_group(options.wanted)
             bench_boot(site)
             comfy.calibrate()
             bench_jobs(site, jobs)

@@ -11,13 +11,13 @@ ROOT = TESTS.parent
 ROOMS = ("provision", "worker", "operate", "systemd")
 
 
-def copy_scripts(folder: Path) -> None:
+def copy_scripts(folder: Path, root: Path = ROOT) -> None:
     """What lies in /home/ubuntu/comfy beside ComfyUI and `env`: the doors, and the rooms behind them."""
-    for door in (*ROOT.glob("*.sh"), *ROOT.glob("*.py"), ROOT / "simple_workflow.json"):
+    for door in (*root.glob("*.sh"), *root.glob("*.py"), root / "simple_workflow.json"):
         shutil.copy2(door, folder)
     for room in ROOMS:
-        if (ROOT / room).is_dir():
-            shutil.copytree(ROOT / room, folder / room)
+        if (root / room).is_dir():
+            shutil.copytree(root / room, folder / room)
 
 
 def copy_comfyui(folder: Path) -> None:
