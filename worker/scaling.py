@@ -28,7 +28,7 @@ AHEAD_LIMIT_S = 60
 """Behind a job that takes longer none is fetched ahead: little would be gained, and it might wait for long."""
 FETCH_S = 0.2
 """So long it takes to fetch a job, with AWS far away."""
-AHEAD = 12
+AHEAD = 20
 """So many jobs a worker has in hand at most that have not run to their end: one runs, the others come next."""
 READY_S = 150
 """So long an instance in service still boots before it takes its first job."""
