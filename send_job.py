@@ -12,20 +12,16 @@ with only comfy_utils.py and `env` (and the demo workflow) beside it.
 
 from __future__ import annotations
 
-import copy
 import gc
-import itertools
 import json
 import math
-import random
 import re
-import shutil
 import sys
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from datetime import UTC, datetime, timedelta
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NotRequired, TypedDict
@@ -52,7 +48,6 @@ from comfy_utils import (
     check_workflow,
     error_code,
     error_of,
-    explain_launch_failure,
     explain_node_errors,
     is_job_id,
     large_workflow_key,
@@ -60,7 +55,6 @@ from comfy_utils import (
     new_job_id,
     outputs_of,
     own_outputs,
-    parse_message,
     queue_depth,
     raise_capacity,
     result_key,
@@ -132,20 +126,15 @@ def submit_many(
     """
     bodies = []
     for number, workflow in enumerate(workflows, 1):
-        try:
+        with meaning(f"workflow {number}"):
             bodies.append({"prompt": check_workflow(workflow)})
-        except InvalidWorkflowError as error:
-            raise InvalidWorkflowError(f"workflow {number}: {error}") from None
     if not bodies:
         return []
     sender = Sender(load_settings(env))
-    if check:
-        fleet = FleetCheck(sender.settings)
-        for number, body in enumerate(bodies, 1):
-            try:
-                warn_of(fleet.check(body["prompt"]))
-            except WorkflowProblemsError as error:
-                raise WorkflowProblemsError(f"workflow {number}", error.problems) from None
+    fleet = FleetCheck(sender.settings) if check else None
+    for number, body in enumerate(bodies, 1):
+        with meaning(f"workflow {number}"):
+            warn_of(fleet.check(body["prompt"]) if fleet else ())
     try:
         sent = sender.send_many(bodies, job_ids, callback_url)
     except NotAllSentError as error:
@@ -257,6 +246,13 @@ class Problem(NamedTuple):
     remedy: str
     certain: bool = True
 
+    @classmethod
+    def of(cls, node_id: str, node: dict[str, Any], text: str, remedy: str, certain: bool = True) -> Problem:
+        """A problem with a node, under the title that it has in the workflow."""
+        meta = node.get("_meta")
+        title = meta.get("title") if isinstance(meta, dict) else None
+        return cls(node_id, title or node["class_type"], text, remedy, certain)
+
     def __str__(self) -> str:
         node = f"node {self.node_id} {self.title}: " if self.node_id else ""
         return f"{node}{self.text}: {self.remedy}"
@@ -329,6 +325,17 @@ class JobProgress(TypedDict):
     usual_run_s: NotRequired[float]
     """How long the last job with the same nodes ran on that instance."""
     updated_at: str
+
+
+@contextmanager
+def meaning(what: str) -> Iterator[None]:
+    """Have an InvalidMessageError say what of the many is meant."""
+    try:
+        yield
+    except WorkflowProblemsError as error:
+        raise WorkflowProblemsError(what, error.problems) from None
+    except InvalidMessageError as error:
+        raise type(error)(f"{what}: {error}") from None
 
 
 def _submit(sender: Sender, body: dict[str, Any], job_id: str | None, callback_url: str | None) -> str:
@@ -428,7 +435,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         (options.save and not (options.wait or options.status or direct), "--save needs results: add --wait"),
         (timeout is not None and not options.wait, "--timeout bounds --wait: add it, or leave out --timeout"),
         (timeout is not None and not 0 < timeout < math.inf,
-         f"--timeout {timeout}: wait for more than 0 seconds, or leave it out to wait on"),
+         f"--timeout {timeout or 0:g}: wait for more than 0 seconds, or leave it out to wait on"),
     ):  # fmt: skip
         if refused:
             parser.error(sentence)
@@ -504,45 +511,33 @@ def run_send(
     if len(job_ids) == len(bodies):
         teller.line("Job submitted successfully")
     else:
-        queue = sender.settings.sqs_name
-        print(f"send_job.py: {len(job_ids)} of {len(bodies)} jobs sent to {queue}: {reason}", file=sys.stderr)
+        complain(f"{len(job_ids)} of {len(bodies)} jobs sent to {sender.settings.sqs_name}: {reason}")
     if job_ids:
         sender.raise_capacity(len(job_ids), say=teller.line)
     return job_ids, 0 if len(job_ids) == len(bodies) else 1
 
 
 def run_wait(
-    sender: Sender,
-    job_ids: Sequence[str],
-    timeout_s: float | None,
-    teller: Teller | None = None,
-    save: Path | None = None,
+    sender: Sender, job_ids: Sequence[str], timeout_s: float | None, teller: Teller, save: Path | None
 ) -> int:
     """Tell of each job's end until all have ended, and save their files; returns the exit code."""
-    teller = teller or Teller()
-    settings = sender.settings
-    s3 = aws_client("s3", settings.region)
+    s3, bucket = aws_client("s3", sender.settings.region), sender.settings.s3_bucket
     waiting = Waiting(sender, s3, job_ids, teller)
     unsaved = 0
 
     def give_up(reason: str) -> None:
         teller.change("")
         left = list(waiting.unfinished)
-        one = len(left) == 1
-        print(
-            f"send_job.py: {reason}: {len(left)} of {count(waiting.total, 'job')} had no result yet and "
-            f"{'goes' if one else 'go'} on; come back with: "
-            f"./send_job.py --env {settings.env} --wait --status {left[0] if one else 'JOB_ID …'}",
-            file=sys.stderr,
+        goes, which = ("goes", left[0]) if len(left) == 1 else ("go", "JOB_ID …")
+        complain(
+            f"{reason}: {len(left)} of {count(waiting.total, 'job')} had no result yet and {goes} on; "
+            f"come back with: ./send_job.py --env {sender.settings.env} --wait --status {which}"
         )
 
     try:
-        found = wait_for(
-            s3, settings.s3_bucket, job_ids, timeout_s=timeout_s, after_round=waiting.show, say=teller.line
-        )
-        for result in found:
+        for result in wait_for(s3, bucket, job_ids, timeout_s=timeout_s, after_round=waiting.show, say=teller.line):
             waiting.take(result)
-            unsaved += save is not None and not save_files(result, save, teller, s3, settings.s3_bucket)
+            unsaved += save is not None and not save_files(result, save, teller, s3, bucket)
         waiting.say_how_far()
     except KeyboardInterrupt:
         give_up("interrupted")
@@ -551,11 +546,8 @@ def run_wait(
         give_up(f"not done after {timeout_s:g} s")
         return 3
     except Exception as error:
-        remedy = (
-            f" (s3:GetObject and s3:ListBucket on {settings.s3_bucket} are needed)"
-            if error_code(error) == "AccessDenied"
-            else ""
-        )
+        denied = error_code(error) == "AccessDenied"
+        remedy = f" (s3:GetObject and s3:ListBucket on {bucket} are needed)" if denied else ""
         give_up(f"results cannot be read: {one_line(error)}{remedy}")
         return 1
     return 1 if waiting.failed or unsaved else 0
@@ -565,20 +557,25 @@ def run_status(sender: Sender, job_ids: Sequence[str], teller: Teller, save: Pat
     """Tell how jobs stand, and save the files of those that ended; returns 0, 1 when one failed, 3 when one goes on."""
     s3, bucket = aws_client("s3", sender.settings.region), sender.settings.s3_bucket
     codes = {0}
-    for job_id in job_ids:
-        result = read_result(s3, bucket, job_id)
-        if result:
-            saved = save is None or save_files(result, save, teller, s3, bucket)
-            codes.add(0 if result["status"] == "succeeded" and saved else 1)
-            teller.event("result", tell_result(result), result=result)
-        elif progress := read_progress(s3, bucket, job_id):
-            codes.add(3)
-            text = f"Job {job_id} is running: {tell_progress(progress)}, at {progress['updated_at']}"
-            teller.event("progress", text, progress=progress)
-        else:
-            codes.add(3)
-            text = f"Job {job_id} has neither result nor progress: it waits, has just begun, or never was"
-            teller.event("info", text, job_id=job_id, text=text)
+    try:
+        for job_id in job_ids:
+            result = read_result(s3, bucket, job_id)
+            progress = None if result else read_progress(s3, bucket, job_id)
+            if result:
+                saved = save is None or save_files(result, save, teller, s3, bucket)
+                codes.add(0 if result["status"] == "succeeded" and saved else 1)
+                teller.event("result", tell_result(result), result=result)
+            elif progress:
+                codes.add(3)
+                text = f"Job {job_id} is running: {tell_progress(progress)}, at {progress['updated_at']}"
+                teller.event("progress", text, progress=progress)
+            else:
+                codes.add(3)
+                text = f"Job {job_id} has neither result nor progress: it waits, has just begun, or never was"
+                teller.event("info", text, job_id=job_id, text=text)
+    except Exception as error:
+        complain(f"results cannot be read: {one_line(error)}")
+        return 1
     return 1 if 1 in codes else max(codes)
 
 
@@ -589,13 +586,14 @@ def save_files(result: JobResult, folder: Path, teller: Teller, s3: Any, bucket:
             teller.event("saved", f"Saved {path}", job_id=result["job_id"], path=str(path))
     except Exception as error:
         teller.change("")
-        print(f"send_job.py: the files of job {result['job_id']} are not saved: {one_line(error)}", file=sys.stderr)
+        complain(f"the files of job {result['job_id']} are not saved: {one_line(error)}")
         return False
     return True
 
 
-def run_check(fleet: FleetCheck, workflow: Workflow, env: str, teller: Teller) -> int:
+def run_check(fleet: FleetCheck, workflow: Workflow, teller: Teller) -> int:
     """Say what is wrong with a workflow; returns 1 when the fleet's ComfyUI would refuse it."""
+    env = fleet.env
     if fleet.nodes is None:
         teller.line(f"Its format is right; what {env} has installed is not known: {OBJECT_INFO_KEY} cannot be read")
         return 0
@@ -616,9 +614,7 @@ def run_upload(settings: Settings, uploads: dict[str, Path], teller: Teller) -> 
         try:
             upload_file(s3, settings.s3_bucket, path, name)
         except Exception as error:
-            print(
-                f"send_job.py: {path} cannot be uploaded to {settings.s3_bucket}: {one_line(error)}", file=sys.stderr
-            )
+            complain(f"{path} cannot be uploaded to {settings.s3_bucket}: {one_line(error)}")
             return 1
         teller.event("uploaded", f"Uploaded {path} as {name}", path=str(path), name=name)
     return 0
@@ -632,13 +628,12 @@ def run_direct(address: str, workflows: Sequence[Workflow], folder: Path) -> int
         try:
             finished = comfy.run(own_outputs(workflow, job_id), job_id, timeout_s=86_400)
             error = error_of(finished.entry)
-            files, _ = outputs_of(finished.entry)
             for warning in explain_node_errors(finished.node_errors):
                 print(f"Dropped: {warning}", file=sys.stderr)
-            for file in files:
+            for file in outputs_of(finished.entry)[0]:
                 # Below the job's folder whatever the server says.
                 parts = [
-                    part for part in Path(file.subfolder, file.filename).parts if part not in (job_id, "..", "/")
+                    each for each in Path(file.subfolder, file.filename).parts if each not in (job_id, "..", "/")
                 ]
                 target = folder.joinpath(job_id, *parts)
                 comfy.download(file, target)
@@ -647,8 +642,13 @@ def run_direct(address: str, workflows: Sequence[Workflow], folder: Path) -> int
             error = refused.error
         if error:
             failed += 1
-            print(f"send_job.py: job {job_id} failed: {error['message']}", file=sys.stderr)
+            complain(f"job {job_id} failed: {error['message']}")
     return 1 if failed else 0
+
+
+def complain(text: str) -> None:
+    """Say what went wrong."""
+    print(f"send_job.py: {text}", file=sys.stderr)
 
 
 class Teller:
@@ -673,6 +673,8 @@ class Teller:
     def change(self, text: str) -> None:
         """Let the line that changes be this; without one nothing happens."""
         if self.live:
+            import shutil
+
             print(f"\r\x1b[K{cut(text, shutil.get_terminal_size().columns - 1)}", end="", flush=True)
 
 
@@ -727,22 +729,18 @@ class Waiting:
 
     def time_left(self) -> str:
         """`, about 12 s left`, by how long such jobs run or else by the pace of the node at work; "" where unknown."""
-        progress = self._progress
-        if progress and "usual_run_s" in progress and "started_at" in progress:
+        if not (self._progress and self._first):
+            return ""
+        progress, (first, since) = self._progress, self._first
+        if "usual_run_s" in progress and "started_at" in progress:
             ran_s = (datetime.now(UTC) - datetime.fromisoformat(progress["started_at"])).total_seconds()
             if ran_s < progress["usual_run_s"]:
                 return f", about {progress['usual_run_s'] - ran_s:.0f} s left"
-        left_s = self.left_in_node_s()
-        return "" if left_s is None else f", about {left_s:.0f} s left in this node"
-
-    def left_in_node_s(self) -> float | None:
-        """Seconds until the node at work is through, by the pace of its steps so far; None while that is unknown."""
-        if not (self._progress and self._first):
-            return None
-        first, since = self._first
-        steps = self._progress.get("value", 0) - first.get("value", 0)
-        left = self._progress.get("max", 0) - self._progress.get("value", 0)
-        return (time.monotonic() - since) / steps * left if steps > 0 else None
+        steps = progress.get("value", 0) - first.get("value", 0)
+        if steps <= 0:
+            return ""
+        left = progress.get("max", 0) - progress.get("value", 0)
+        return f", about {(time.monotonic() - since) / steps * left:.0f} s left in this node"
 
     def line_of_one(self) -> str:
         """`waiting, about 2 ahead: 1 instance is booting`, later `running: KSampler 12/20 (60 %)`."""
@@ -817,10 +815,8 @@ class Sender:
             raise InvalidMessageError(f"there are {len(job_ids)} job_ids for {len(bodies)} jobs: give one for each")
         messages = []
         for number, body in enumerate(bodies, 1):
-            try:
+            with meaning(f"job {number}"):
                 messages.append(self._message(body, job_ids[number - 1] if job_ids else None, callback_url))
-            except InvalidMessageError as error:
-                raise InvalidMessageError(f"job {number}: {error}") from None
         ids = [message.job_id for message in messages]
         if len(set(ids)) < len(ids):
             twice = next(job_id for number, job_id in enumerate(ids) if job_id in ids[:number])
@@ -828,7 +824,7 @@ class Sender:
         self._queue()
         with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
             refused = dict(
-                item for refusals in pool.map(self._send_batch, batches(messages)) for item in refusals.items()
+                item for refusals in pool.map(self.send_batch, batches(messages)) for item in refusals.items()
             )
         if refused:
             unsent = [job_id for job_id in ids if job_id in refused]
@@ -866,7 +862,7 @@ class Sender:
                 Body=json.dumps(message.by_bucket, ensure_ascii=False).encode(),
             )
 
-    def _send_batch(self, batch: list[Message]) -> dict[str, str]:
+    def send_batch(self, batch: list[Message]) -> dict[str, str]:
         """Send what goes into one request; returns why, by job id, for those that are not known to be sent."""
         unsent = {message.job_id: message for message in batch}
         refused: dict[str, str] = {}
@@ -876,6 +872,8 @@ class Sender:
                 self._upload(message)
             for attempt in range(BATCH_TRIES):
                 if attempt:
+                    import random
+
                     time.sleep(random.uniform(0.5, 1) * 0.5 * 2**attempt)
                 entries = [{"Id": message.job_id, "MessageBody": message.text} for message in unsent.values()]
                 answer = self._queue().send_message_batch(QueueUrl=self._queue_url, Entries=entries)
@@ -943,14 +941,14 @@ FLEET_LOOK_S = 15.0
 
 def read_result(s3: Any, bucket: str, job_id: str) -> JobResult | None:
     """The job's result.json, None while it has none. Raises what boto3 raises."""
-    stored: JobResult | None = _read_json(s3, bucket, result_key(job_id))
+    stored: JobResult | None = read_json(s3, bucket, result_key(job_id))
     return stored
 
 
 def read_progress(s3: Any, bucket: str, job_id: str) -> JobProgress | None:
     """The job's progress.json, None while it has none or where S3 does not give it just now."""
     try:
-        stored: JobProgress | None = _read_json(s3, bucket, f"output/{job_id}/progress.json")
+        stored: JobProgress | None = read_json(s3, bucket, f"output/{job_id}/progress.json")
     except Exception as error:
         if not will_pass(error):
             raise
@@ -958,7 +956,8 @@ def read_progress(s3: Any, bucket: str, job_id: str) -> JobProgress | None:
     return stored
 
 
-def _read_json(s3: Any, bucket: str, key: str) -> Any:
+def read_json(s3: Any, bucket: str, key: str) -> Any:
+    """A JSON object in the bucket, None where there is none. Raises what boto3 raises, and ValueError."""
     try:
         return json.loads(s3.get_object(Bucket=bucket, Key=key)["Body"].read())
     except s3.exceptions.NoSuchKey:
@@ -1157,7 +1156,6 @@ def tell_progress(progress: JobProgress) -> str:
 # tells each node's inputs but not whether a node validates some of them in its own way. So what custom nodes are given
 # is doubted only, and so is all about types that are made at run time.
 
-"""Where the answer of the fleet's ComfyUI to GET /object_info lies in the bucket."""
 NODES_AGE_S = 60.0
 """So long it is believed without asking S3 whether it has changed."""
 
@@ -1168,8 +1166,7 @@ class FleetCheck:
     """Checks workflows against what is installed on one environment's fleet; `coming` inputs will be uploaded."""
 
     def __init__(self, settings: Settings, coming: Collection[str] = ()) -> None:
-        self.bucket = settings.s3_bucket
-        self.region = settings.region
+        self.env, self.bucket, self.region = settings.env, settings.s3_bucket, settings.region
         self.nodes = self.read_nodes()
         """The fleet's /object_info; None where it is not known, and then nothing is found."""
         self.coming = coming
@@ -1232,23 +1229,28 @@ def find_problems(workflow: Workflow, nodes: dict[str, Any], may_have: Callable[
     It looks at nodes that an output node depends on; as long as one output is left it drops the others. `nodes` is
     its /object_info, and `may_have` says whether a file that is not in there may be there after all.
     """
+    names = {node_id: node["class_type"] for node_id, node in workflow.items()}
     unknown = [
-        _problem(
-            node_id, node, f"there is no node {node['class_type']}",
-            f"{_closest(node['class_type'], list(nodes))}install it on the base machine and run create_env.sh again",
+        Problem.of(
+            node_id, workflow[node_id], f"there is no node {name}",
+            f"{_closest(name, nodes)}install it on the base machine and run create_env.sh again",
         )
-        for node_id, node in workflow.items()
-        if node["class_type"] not in nodes
+        for node_id, name in names.items()
+        if name not in nodes
     ]  # fmt: skip
     if unknown:  # wherever it stands
         return unknown
-    outputs = [node_id for node_id, node in workflow.items() if nodes[node["class_type"]].get("output_node")]
+    outputs = [node_id for node_id, name in names.items() if nodes[name].get("output_node")]
     if not outputs:
         return [Problem(None, None, "it has no output node", "add one that saves something, such as SaveImage")]
     branches = [_upstream(output, workflow, nodes) for output in outputs]
     found = {
-        node_id: list(_problems_of(node_id, workflow, nodes, may_have))
-        for node_id in dict.fromkeys(node_id for branch in branches for node_id in branch)
+        node_id: [
+            Problem.of(node_id, workflow[node_id], *trouble)
+            for trouble in _troubles_of(workflow[node_id], workflow, nodes, may_have)
+        ]
+        for branch in branches
+        for node_id in branch
     }
     is_left = any(not any(problem.certain for node_id in branch for problem in found[node_id]) for branch in branches)
     problems = [problem for node_problems in found.values() for problem in node_problems]
@@ -1267,6 +1269,11 @@ def _upstream(output: str, workflow: Workflow, nodes: dict[str, Any]) -> list[st
     return found
 
 
+MISSING = object()
+Trouble = tuple[str, str, bool]
+"""What is wrong with an input of a node, what helps, and whether that is certain."""
+
+
 def _inputs_of(node: dict[str, Any], nodes: dict[str, Any]) -> Iterator[tuple[str, Any, dict[str, Any], Any]]:
     """Each input that the node knows: name, type (a list: the values it may have), options, and its value or MISSING.
 
@@ -1282,87 +1289,79 @@ def _inputs_of(node: dict[str, Any], nodes: dict[str, Any]) -> Iterator[tuple[st
                 yield name, config[0], options, given.get(name, MISSING)
 
 
-MISSING = object()
-
-
-def _problems_of(
-    node_id: str, workflow: Workflow, nodes: dict[str, Any], may_have: Callable[[str], bool]
-) -> Iterator[Problem]:
-    node = workflow[node_id]
+def _troubles_of(
+    node: dict[str, Any], workflow: Workflow, nodes: dict[str, Any], may_have: Callable[[str], bool]
+) -> Iterator[Trouble]:
     ours = _validates_alike(nodes[node["class_type"]])
     for name, kind, options, value in _inputs_of(node, nodes):
         if str(kind).startswith("COMFY_"):  # its inputs depend on others
             continue
         if value is MISSING:
-            yield _problem(node_id, node, f"{name} is missing", "connect it or give it a value")
+            yield f"{name} is missing", "connect it or give it a value", True
         elif isinstance(value, list):
-            yield from _problems_of_link(node_id, name, kind, value, workflow, nodes)
+            yield from _troubles_of_link(name, kind, value, workflow, nodes, ours=ours)
         else:
             plain = value["__value__"] if isinstance(value, dict) and "__value__" in value else value
-            trouble = _trouble_with(name, kind, options, plain, may_have, ours=ours)
-            if trouble:
-                text, remedy, certain = trouble
-                yield _problem(node_id, node, text, remedy, certain=certain)
+            yield from _troubles_of_value(name, kind, options, plain, may_have, ours=ours)
 
 
-def _problems_of_link(
-    node_id: str, name: str, kind: Any, link: list[Any], workflow: Workflow, nodes: dict[str, Any]
-) -> Iterator[Problem]:
-    node = workflow[node_id]
+def _troubles_of_link(
+    name: str, kind: Any, link: list[Any], workflow: Workflow, nodes: dict[str, Any], *, ours: bool
+) -> Iterator[Trouble]:
     if len(link) != 2:
-        yield _problem(node_id, node, f"{name} is no link", 'write ["node id", number of its output]')
+        yield f"{name} is no link", 'write ["node id", number of its output]', True
         return
     source, slot = link
     if not isinstance(source, str) or source not in workflow:
         have = ", ".join(list(workflow)[:20])
-        yield _problem(node_id, node, f"{name} links to node {source}, which is not there", f"the nodes are {have}")
+        yield f"{name} links to node {source}, which is not there", f"the nodes are {have}", True
         return
     info = nodes[workflow[source]["class_type"]]
-    made = info.get("output") or []
-    alike = _validates_alike(info)
+    made, alike = info.get("output") or [], _validates_alike(info)
     if not isinstance(slot, int) or not -len(made) <= slot < len(made):
-        text = f"{name} links to output {slot} of node {source}, which has {count(len(made), 'output')}"
-        yield _problem(node_id, node, text, "count its outputs from 0", certain=alike)
+        have = count(len(made), "output")
+        yield f"{name} links to output {slot} of node {source}, which has {have}", "count its outputs from 0", alike
         return
     types = [set(re.split(r"\s*,\s*", one)) if isinstance(one, str) else set() for one in (made[slot], kind)]
     doubt = "*" in types[0] | types[1] or not all(types) or any(one.startswith("COMFY_") for one in types[0])
     if not doubt and not types[0] & types[1]:
         text = f"{name} is {kind}, but output {slot} of node {source} is {made[slot]}"
-        certain = alike and _validates_alike(nodes[node["class_type"]])
-        yield _problem(node_id, node, text, f"link it to an output that is {kind}", certain=certain)
+        yield text, f"link it to an output that is {kind}", alike and ours
 
 
-def _trouble_with(
+def _troubles_of_value(
     name: str, kind: Any, options: dict[str, Any], value: Any, may_have: Callable[[str], bool], *, ours: bool
-) -> tuple[str, str, bool] | None:
-    """What is wrong with a value, what helps, and whether that is certain; None if nothing is."""
+) -> Iterator[Trouble]:
     number = value
     if kind in ("INT", "FLOAT"):
         try:
             number = int(value) if kind == "INT" else float(value)
         except (TypeError, ValueError, OverflowError):
-            return f"{name} is {value!r:.80}", f"give {'a whole number' if kind == 'INT' else 'a number'}", True
+            yield f"{name} is {value!r:.80}", f"give {'a whole number' if kind == 'INT' else 'a number'}", True
+            return
     if isinstance(number, int | float) and kind not in ("STRING", "BOOLEAN"):
         low, high = options.get("min", -math.inf), options.get("max", math.inf)
         is_range = isinstance(low, int | float) and isinstance(high, int | float)
         if is_range and (number < low or number > high):
-            return f"{name} is {number}", f"give a number from {low} to {high}", ours
+            yield f"{name} is {number}", f"give a number from {low} to {high}", ours
+            return
     allowed = kind if isinstance(kind, list) else options.get("options") if kind == "COMBO" else None
     if not isinstance(allowed, list) or value in allowed:
-        return None
+        return
     certain = ours and kind != "COMBO"  # which older servers do not look at
     if not (isinstance(value, str) and re.search(r"\.\w{2,12}(?: \[\w+\])?$", value)):
         have = ", ".join(map(str, allowed[:20])) or "nothing"
-        return f"{name} is {value!r:.80}", f"{_closest(value, allowed)}it may be {have}", certain
-    if may_have(value):
-        return None
-    where = "models/, in the folder of its kind"
-    if value.endswith((".latent", "]")) or any(option.endswith("_upload") for option in options):
-        # ComfyUI looks for such a file itself, and lists only those that lie in input/ and are of a kind.
-        certain = certain and not re.search(r"[/\\\]]", value) and _is_media(value)
-        where = "input/"
-    remedy = f"{_closest(value, allowed)}put it into the bucket's {where}"
-    return f"{name} {value!r:.200} is not installed", remedy, certain
+        yield f"{name} is {value!r:.80}", f"{_closest(value, allowed)}it may be {have}", certain
+    elif not may_have(value):
+        where = "models/, in the folder of its kind"
+        if value.endswith((".latent", "]")) or any(option.endswith("_upload") for option in options):
+            # ComfyUI looks for such a file itself, and lists only those that lie in input/ and are of a kind.
+            where, certain = "input/", certain and not re.search(r"[/\\\]]", value) and _is_media(value)
+        yield (
+            f"{name} {value!r:.200} is not installed",
+            f"{_closest(value, allowed)}put it into the bucket's {where}",
+            certain,
+        )
 
 
 def _is_media(file: str) -> bool:
@@ -1376,23 +1375,11 @@ def _validates_alike(info: dict[str, Any]) -> bool:
     return not str(info.get("python_module", "")).startswith(("custom_nodes", "comfy_api_nodes"))
 
 
-def _closest(name: Any, names: list[Any]) -> str:
+def _closest(name: object, names: Iterable[object]) -> str:
     from difflib import get_close_matches
 
     found = get_close_matches(str(name), list(map(str, names)))
-    return (
-        f"the closest is {found[0]}, or "
-        if len(found) == 1
-        else f"the closest are {', '.join(found)}, or "
-        if found
-        else ""
-    )
-
-
-def _problem(node_id: str, node: dict[str, Any], text: str, remedy: str, *, certain: bool = True) -> Problem:
-    meta = node.get("_meta")
-    title = meta.get("title") if isinstance(meta, dict) else None
-    return Problem(node_id, title or node["class_type"], text, remedy, certain)
+    return f"the closest {'is' if len(found) == 1 else 'are'} {', '.join(found)}, or " if found else ""
 
 
 def warn_of(problems: Sequence[Problem]) -> None:
@@ -1433,9 +1420,8 @@ def upload_file(s3: Any, bucket: str, path: Path, name: str) -> None:
 def read_workflow(path: Path) -> Workflow:
     """Read an API-format workflow file; raises InvalidWorkflowError naming the file and the remedy."""
     try:
-        return check_workflow(json.loads(path.read_text(encoding="utf-8")))
-    except InvalidWorkflowError as error:
-        raise InvalidWorkflowError(f"{path}: {error}") from None
+        with meaning(str(path)):
+            return check_workflow(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise InvalidWorkflowError(f"cannot read the workflow {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
@@ -1459,22 +1445,19 @@ def set_input(workflow: Workflow, assignment: str, uploads: dict[str, Path]) -> 
     if name not in inputs:
         have = ", ".join(inputs) or "none"
         raise InvalidWorkflowError(f"--set {target}: node {node_id} has no input {name}; its inputs are {have}")
-    if isinstance(inputs[name], str) and value.startswith("@"):
-        inputs[name] = value[1:] if value.startswith("@@") else _coming_input(value[1:], target, uploads)
-    else:
+    if not (isinstance(inputs[name], str) and value.startswith("@")):
         inputs[name] = _like(inputs[name], value, target)
+    elif value.startswith("@@"):
+        inputs[name] = value[1:]
+    else:
+        try:
+            inputs[name] = input_name(Path(value[1:]))
+        except OSError as error:
+            raise InvalidWorkflowError(
+                f"--set {assignment}: cannot read it: {error.strerror}; write @@ where the text begins with an @"
+            ) from None
+        uploads[inputs[name]] = Path(value[1:])
     return node_id, name
-
-
-def _coming_input(file: str, target: str, uploads: dict[str, Path]) -> str:
-    try:
-        name = input_name(Path(file))
-    except OSError as error:
-        raise InvalidWorkflowError(
-            f"--set {target}=@{file}: cannot read it: {error.strerror}; write @@ where the text begins with an @"
-        ) from None
-    uploads[name] = Path(file)
-    return name
 
 
 def _like(old: Any, text: str, target: str) -> Any:
@@ -1494,6 +1477,9 @@ def _like(old: Any, text: str, target: str) -> Any:
 
 def fresh_seeds(workflow: Workflow, keep: set[tuple[str, str]]) -> Workflow:
     """A copy with a new random seed in every seed input but those in `keep`."""
+    import copy
+    import random
+
     fresh = copy.deepcopy(workflow)
     for node_id, node in fresh.items():
         for name, value in node.get("inputs", {}).items():

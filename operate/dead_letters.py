@@ -104,7 +104,9 @@ def tell_dead(dead: dict[str, Any]) -> list[str]:
     for job in dead["jobs"]:
         kind = f"no job ({printable(job['problem'])})" if job["problem"] else job["kind"]
         lines.append(f"  {job['job_id']}  {kind}, sent {datetime.fromisoformat(job['sent_at']):%Y-%m-%d %H:%M} UTC")
-        unknown = f"received {job['receives']} times, and no word of it in the logs: they are stored every few minutes"
+        unknown = (
+            f"received {job['receives']} times, and no word of it in the logs: they are stored every few minutes"
+        )
         lines.append(f"      {printable(job['reason'] or unknown)}")
         if job["result"] is not None:
             failure = job["result"]["error"]

@@ -312,10 +312,10 @@ class Html(str):
     __slots__ = ()
 
 
-def fill(name: str, **slots: object) -> Html:
+def fill(template: str, /, **slots: object) -> Html:
     """The template of that name in report.html, filled in; what is no Html is text and escaped."""
     safe = {slot: value if isinstance(value, Html) else plain(value) for slot, value in slots.items()}
-    return Html(templates()[name].substitute(safe))
+    return Html(templates()[template].substitute(safe))
 
 
 def join(parts: Iterable[Html]) -> Html:
