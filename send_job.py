@@ -651,6 +651,296 @@ def complain(text: str) -> None:
     print(f"send_job.py: {text}", file=sys.stderr)
 
 
+# --- Sending ---------------------------------------------------------------------------------------------
+
+REQUESTS_AT_ONCE = 8
+BATCH_TRIES = 4
+"""How often what SQS refused of a batch, through no fault of ours, is sent again."""
+
+
+class Message(NamedTuple):
+    """One job as it travels: its text and the bytes of it, and the workflow itself where that is too large."""
+
+    job_id: str
+    text: str
+    size: int
+    by_bucket: Workflow | None = None
+
+
+def message_of(body: dict[str, Any], job_id: str | None, callback_url: str | None) -> Message:
+    """A job as a message. Raises InvalidMessageError."""
+    job_id = job_id or new_job_id()
+    if not is_job_id(job_id):
+        raise InvalidMessageError(
+            f"job_id {job_id!r:.60} is no lowercase UUID: leave it out or use str(uuid.uuid4())"
+        )
+    extras = {"job_id": job_id} | ({"callback_url": callback_url} if callback_url else {})
+    try:
+        text = json.dumps(body | extras, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InvalidMessageError(
+            f"the job cannot be written as JSON ({error}): use text, lists, dicts and finite numbers"
+        ) from None
+    size = len(text.encode())
+    if size <= MAX_MESSAGE_BYTES:
+        return Message(job_id, text, size)
+    if "prompt" not in body:
+        raise InvalidMessageError(f"the command is longer than a message may be ({MAX_MESSAGE_BYTES} bytes)")
+    rest = {name: value for name, value in body.items() if name != "prompt"}
+    text = json.dumps({"workflow_key": large_workflow_key(job_id)} | rest | extras)
+    return Message(job_id, text, len(text.encode()), by_bucket=body["prompt"])
+
+
+def batches(messages: Sequence[Message]) -> Iterator[list[Message]]:
+    """The messages in order, in lists that fit into one SendMessageBatch: ten, and not larger than one may be."""
+    batch: list[Message] = []
+    for message in messages:
+        if batch and (len(batch) == 10 or sum(other.size for other in batch) + message.size > MAX_MESSAGE_BYTES):
+            yield batch
+            batch = []
+        batch.append(message)
+    if batch:
+        yield batch
+
+
+class Sender:
+    """Sends to one environment's queue."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._sqs: Any = None
+        self._queue_url = ""
+
+    def send(self, body: dict[str, Any], job_id: str | None = None, callback_url: str | None = None) -> str:
+        """Put one job on the queue and return its id. A workflow too large for a message goes by S3."""
+        message = message_of(body, job_id, callback_url)
+        self._upload(message)
+        self._queue().send_message(QueueUrl=self._queue_url, MessageBody=message.text)
+        return message.job_id
+
+    def send_many(
+        self, bodies: Sequence[dict[str, Any]], job_ids: Sequence[str] | None = None, callback_url: str | None = None
+    ) -> list[str]:
+        """Put many jobs on the queue and return their ids, in order. Raises NotAllSentError."""
+        from concurrent.futures import ThreadPoolExecutor
+
+        if job_ids is not None and len(job_ids) != len(bodies):
+            raise InvalidMessageError(f"there are {len(job_ids)} job_ids for {len(bodies)} jobs: give one for each")
+        messages = []
+        for number, body in enumerate(bodies, 1):
+            with meaning(f"job {number}"):
+                messages.append(message_of(body, job_ids[number - 1] if job_ids else None, callback_url))
+        ids = [message.job_id for message in messages]
+        if len(set(ids)) < len(ids):
+            twice = next(job_id for number, job_id in enumerate(ids) if job_id in ids[:number])
+            raise InvalidMessageError(f"job_id {twice} is there twice: an id is run once, give each job its own")
+        self._queue()
+        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+            refused = dict(
+                item for refusals in pool.map(self.send_batch, batches(messages)) for item in refusals.items()
+            )
+        if refused:
+            unsent = [job_id for job_id in ids if job_id in refused]
+            raise NotAllSentError([job_id for job_id in ids if job_id not in refused], unsent, refused[unsent[0]])
+        return ids
+
+    def _upload(self, message: Message) -> None:
+        """Store a workflow that is too large for its message, where the message says."""
+        if message.by_bucket is not None:
+            aws_client("s3", self.settings.region).put_object(
+                Bucket=self.settings.s3_bucket,
+                Key=large_workflow_key(message.job_id),
+                Body=json.dumps(message.by_bucket, ensure_ascii=False).encode(),
+            )
+
+    def send_batch(self, batch: list[Message]) -> dict[str, str]:
+        """Send what goes into one request; returns why, by job id, for those that are not known to be sent."""
+        unsent = {message.job_id: message for message in batch}
+        refused: dict[str, str] = {}
+        reasons: dict[str, str] = {}
+        try:
+            for message in batch:
+                self._upload(message)
+            for attempt in range(BATCH_TRIES):
+                if attempt:
+                    import random
+
+                    time.sleep(random.uniform(0.5, 1) * 0.5 * 2**attempt)
+                entries = [{"Id": message.job_id, "MessageBody": message.text} for message in unsent.values()]
+                answer = self._queue().send_message_batch(QueueUrl=self._queue_url, Entries=entries)
+                for entry in answer.get("Successful", []):
+                    del unsent[entry["Id"]]
+                reasons = {}
+                for entry in answer.get("Failed", []):
+                    reason = f"{entry['Code']}: {entry.get('Message', '')}"
+                    if entry["SenderFault"]:  # it would be refused again
+                        refused[entry["Id"]] = reason
+                        del unsent[entry["Id"]]
+                    else:
+                        reasons[entry["Id"]] = reason
+                if not unsent:
+                    break
+        except Exception as error:  # boto3 has tried again where that helps
+            reasons = dict.fromkeys(unsent, str(error))
+        return refused | reasons
+
+    def depth(self, just_sent: int) -> QueueDepth:
+        """The queue's depth, in which what was just sent counts although SQS's counters lag."""
+        depth = queue_depth(self._queue(), self._queue_url)
+        return depth._replace(visible=max(depth.visible, just_sent))
+
+    def raise_capacity(self, just_sent: int, say: Callable[[str], None] = lambda _: None) -> Capacity | None:
+        """Raise the group to what the queue calls for, once for all jobs just sent.
+
+        None where there is no group, or where it could not be asked: the message is on its way, and
+        not being allowed to scale must not look like not having sent it.
+        """
+        try:
+            depth = self.depth(just_sent)
+            say(f"Current queue size: {depth.visible + depth.in_flight}")
+            group = aws_client("autoscaling", self.settings.region)
+            capacity = raise_capacity(group, self.settings.asg_name, depth, self.settings.backlogsize_per_instance)
+        except Exception as error:
+            say(f"Capacity was not raised: {error}")
+            return None
+        if capacity is None:
+            say(f"There is no group {self.settings.asg_name}: scaling is off")
+            return None
+        say(f"Current instance count: {capacity.before}")
+        if capacity.after > capacity.before:
+            if capacity.before == 0:
+                say("Starting first instance...")
+            say(f"Adjusted ASG capacity to {capacity.after}")
+        return capacity
+
+    def _queue(self) -> Any:
+        if self._sqs is None:
+            self._sqs = aws_client("sqs", self.settings.region)
+            self._queue_url = self._sqs.get_queue_url(QueueName=self.settings.sqs_name)["QueueUrl"]
+        return self._sqs
+
+
+# --- Waiting ---------------------------------------------------------------------------------------------
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 5.0
+"""Between two rounds of looks for receipts; it grows while nothing comes."""
+LOOKS_PER_ROUND = 20
+"""Most jobs whose receipt is looked for in one round, so that many jobs cost no more requests than few."""
+
+
+def read_result(s3: Any, bucket: str, job_id: str) -> JobResult | None:
+    """The job's result.json, None while it has none. Raises what boto3 raises."""
+    stored: JobResult | None = read_json(s3, bucket, result_key(job_id))
+    return stored
+
+
+def read_progress(s3: Any, bucket: str, job_id: str) -> JobProgress | None:
+    """The job's progress.json, None while it has none or where S3 does not give it just now."""
+    try:
+        stored: JobProgress | None = read_json(s3, bucket, f"output/{job_id}/progress.json")
+    except Exception as error:
+        if not will_pass(error):
+            raise
+        return None
+    return stored
+
+
+def read_json(s3: Any, bucket: str, key: str) -> Any:
+    """A JSON object in the bucket, None where there is none. Raises what boto3 raises, and ValueError."""
+    try:
+        return json.loads(s3.get_object(Bucket=bucket, Key=key)["Body"].read())
+    except s3.exceptions.NoSuchKey:
+        return None
+
+
+def download_files(s3: Any, bucket: str, result: JobResult, folder: Path) -> list[Path]:
+    """Save the files of a job in `folder`/<job_id>/; boto3 fetches the parts of a large one at the same time."""
+    keys = [output["s3_key"] for output in result["outputs"]]
+    targets = [folder.joinpath(*local_parts(key)) for key in keys]
+    for key, target in zip(keys, targets, strict=True):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        s3.download_file(bucket, key, str(target))
+    return targets
+
+
+def local_parts(key: str) -> list[str]:
+    """The parts of the path at which the object of a job, output/<job_id>/…, is saved: never above its folder."""
+    first, *parts = key.split("/")
+    if first != "output" or len(parts) < 2 or {"", ".", ".."} & set(parts) or "\\" in key:
+        raise ValueError(f"{key!r:.200} is no file of a job: it is not saved")
+    return parts
+
+
+def wait_for(
+    s3: Any,
+    bucket: str,
+    job_ids: Sequence[str],
+    *,
+    timeout_s: float | None = None,
+    after_round: Callable[[], None] = lambda: None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Iterator[JobResult]:
+    """Yield the result.json of every job as it appears, in the order they are found.
+
+    `after_round` is called each time the receipts were looked for and some are missing still. What passes
+    (throttling, 5xx, network) is waited through and said once. Raises WaitTimeoutError after `timeout_s`
+    seconds, and what boto3 raises when it will not pass, such as a refused access.
+    """
+    unfinished = deque(dict.fromkeys(job_ids))
+    end = None if timeout_s is None else time.monotonic() + timeout_s
+    pause_s, trouble = FIRST_PAUSE_S, False
+    while unfinished:
+        found = False
+        for _ in range(min(len(unfinished), LOOKS_PER_ROUND)):
+            try:
+                result = read_result(s3, bucket, unfinished[0])
+            except Exception as error:
+                if not will_pass(error):
+                    raise
+                if not trouble:
+                    say(f"Results cannot be read just now, waiting goes on: {one_line(error)}")
+                trouble = True
+                break
+            if result is None:
+                unfinished.rotate(-1)
+                continue
+            unfinished.popleft()
+            found = True
+            yield result
+        if not unfinished:
+            return
+        after_round()
+        pause_s = FIRST_PAUSE_S if found else min(pause_s * 1.5, LONGEST_PAUSE_S)
+        if end is not None:
+            left_s = end - time.monotonic()
+            if left_s <= 0:
+                raise WaitTimeoutError(f"{count(len(unfinished), 'job')} had no result after {timeout_s:g} s")
+            pause_s = min(pause_s, left_s)
+        time.sleep(pause_s)
+
+
+def will_pass(error: Exception) -> bool:
+    """Whether an AWS error is one of the network, of a busy or of a broken service, so worth another try."""
+    from botocore.exceptions import ConnectionError as NoConnectionError
+    from botocore.exceptions import HTTPClientError, IncompleteReadError
+
+    if isinstance(error, NoConnectionError | HTTPClientError | IncompleteReadError):
+        return True
+    status = (getattr(error, "response", None) or {}).get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    return status >= 500 or error_code(error) in ("SlowDown", "Throttling", "ThrottlingException", "RequestTimeout")
+
+
+def one_line(error: Exception) -> str:
+    """An error's text, which may have several lines, in one."""
+    return " ".join(str(error).split()) or repr(error)
+
+
+# --- What is shown of waiting ----------------------------------------------------------------------------
+
+FLEET_LOOK_S = 15.0
+"""Between two looks at queue and group."""
+
+
 class Teller:
     """Where the command line says what it has to say.
 
@@ -760,290 +1050,6 @@ class Waiting:
             left_s = len(self.unfinished) * sum(self._runs_s) / len(self._runs_s) / self.fleet.depth.in_flight
             text += f", about {left_s:.0f} s left"
         return ". ".join([text, *filter(None, self.fleet.said.values())])
-
-
-# --- Sending ---------------------------------------------------------------------------------------------
-
-REQUESTS_AT_ONCE = 8
-BATCH_TRIES = 4
-"""How often what SQS refused of a batch, through no fault of ours, is sent again."""
-
-
-class Message(NamedTuple):
-    """One job as it travels: its text and the bytes of it, and the workflow itself where that is too large."""
-
-    job_id: str
-    text: str
-    size: int
-    by_bucket: Workflow | None = None
-
-
-def batches(messages: Sequence[Message]) -> Iterator[list[Message]]:
-    """The messages in order, in lists that fit into one SendMessageBatch: ten, and not larger than one may be."""
-    batch: list[Message] = []
-    for message in messages:
-        if batch and (len(batch) == 10 or sum(other.size for other in batch) + message.size > MAX_MESSAGE_BYTES):
-            yield batch
-            batch = []
-        batch.append(message)
-    if batch:
-        yield batch
-
-
-class Sender:
-    """Sends to one environment's queue."""
-
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
-        self._sqs: Any = None
-        self._queue_url = ""
-
-    def send(self, body: dict[str, Any], job_id: str | None = None, callback_url: str | None = None) -> str:
-        """Put one job on the queue and return its id. A workflow too large for a message goes by S3."""
-        message = self._message(body, job_id, callback_url)
-        self._upload(message)
-        self._queue().send_message(QueueUrl=self._queue_url, MessageBody=message.text)
-        return message.job_id
-
-    def send_many(
-        self, bodies: Sequence[dict[str, Any]], job_ids: Sequence[str] | None = None, callback_url: str | None = None
-    ) -> list[str]:
-        """Put many jobs on the queue and return their ids, in order. Raises NotAllSentError."""
-        from concurrent.futures import ThreadPoolExecutor
-
-        if job_ids is not None and len(job_ids) != len(bodies):
-            raise InvalidMessageError(f"there are {len(job_ids)} job_ids for {len(bodies)} jobs: give one for each")
-        messages = []
-        for number, body in enumerate(bodies, 1):
-            with meaning(f"job {number}"):
-                messages.append(self._message(body, job_ids[number - 1] if job_ids else None, callback_url))
-        ids = [message.job_id for message in messages]
-        if len(set(ids)) < len(ids):
-            twice = next(job_id for number, job_id in enumerate(ids) if job_id in ids[:number])
-            raise InvalidMessageError(f"job_id {twice} is there twice: an id is run once, give each job its own")
-        self._queue()
-        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-            refused = dict(
-                item for refusals in pool.map(self.send_batch, batches(messages)) for item in refusals.items()
-            )
-        if refused:
-            unsent = [job_id for job_id in ids if job_id in refused]
-            raise NotAllSentError([job_id for job_id in ids if job_id not in refused], unsent, refused[unsent[0]])
-        return ids
-
-    def _message(self, body: dict[str, Any], job_id: str | None, callback_url: str | None) -> Message:
-        job_id = job_id or new_job_id()
-        if not is_job_id(job_id):
-            raise InvalidMessageError(
-                f"job_id {job_id!r:.60} is no lowercase UUID: leave it out or use str(uuid.uuid4())"
-            )
-        extras = {"job_id": job_id} | ({"callback_url": callback_url} if callback_url else {})
-        try:
-            text = json.dumps(body | extras, ensure_ascii=False, allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise InvalidMessageError(
-                f"the job cannot be written as JSON ({error}): use text, lists, dicts and finite numbers"
-            ) from None
-        size = len(text.encode())
-        if size <= MAX_MESSAGE_BYTES:
-            return Message(job_id, text, size)
-        if "prompt" not in body:
-            raise InvalidMessageError(f"the command is longer than a message may be ({MAX_MESSAGE_BYTES} bytes)")
-        rest = {name: value for name, value in body.items() if name != "prompt"}
-        text = json.dumps({"workflow_key": large_workflow_key(job_id)} | rest | extras)
-        return Message(job_id, text, len(text.encode()), by_bucket=body["prompt"])
-
-    def _upload(self, message: Message) -> None:
-        """Store a workflow that is too large for its message, where the message says."""
-        if message.by_bucket is not None:
-            aws_client("s3", self.settings.region).put_object(
-                Bucket=self.settings.s3_bucket,
-                Key=large_workflow_key(message.job_id),
-                Body=json.dumps(message.by_bucket, ensure_ascii=False).encode(),
-            )
-
-    def send_batch(self, batch: list[Message]) -> dict[str, str]:
-        """Send what goes into one request; returns why, by job id, for those that are not known to be sent."""
-        unsent = {message.job_id: message for message in batch}
-        refused: dict[str, str] = {}
-        reasons: dict[str, str] = {}
-        try:
-            for message in batch:
-                self._upload(message)
-            for attempt in range(BATCH_TRIES):
-                if attempt:
-                    import random
-
-                    time.sleep(random.uniform(0.5, 1) * 0.5 * 2**attempt)
-                entries = [{"Id": message.job_id, "MessageBody": message.text} for message in unsent.values()]
-                answer = self._queue().send_message_batch(QueueUrl=self._queue_url, Entries=entries)
-                for entry in answer.get("Successful", []):
-                    del unsent[entry["Id"]]
-                reasons = {}
-                for entry in answer.get("Failed", []):
-                    reason = f"{entry['Code']}: {entry.get('Message', '')}"
-                    if entry["SenderFault"]:  # it would be refused again
-                        refused[entry["Id"]] = reason
-                        del unsent[entry["Id"]]
-                    else:
-                        reasons[entry["Id"]] = reason
-                if not unsent:
-                    break
-        except Exception as error:  # boto3 has tried again where that helps
-            reasons = dict.fromkeys(unsent, str(error))
-        return refused | reasons
-
-    def depth(self, just_sent: int) -> QueueDepth:
-        """The queue's depth, in which what was just sent counts although SQS's counters lag."""
-        depth = queue_depth(self._queue(), self._queue_url)
-        return depth._replace(visible=max(depth.visible, just_sent))
-
-    def raise_capacity(self, just_sent: int, say: Callable[[str], None] = lambda _: None) -> Capacity | None:
-        """Raise the group to what the queue calls for, once for all jobs just sent.
-
-        None where there is no group, or where it could not be asked: the message is on its way, and
-        not being allowed to scale must not look like not having sent it.
-        """
-        try:
-            depth = self.depth(just_sent)
-            say(f"Current queue size: {depth.visible + depth.in_flight}")
-            group = aws_client("autoscaling", self.settings.region)
-            capacity = raise_capacity(group, self.settings.asg_name, depth, self.settings.backlogsize_per_instance)
-        except Exception as error:
-            say(f"Capacity was not raised: {error}")
-            return None
-        if capacity is None:
-            say(f"There is no group {self.settings.asg_name}: scaling is off")
-            return None
-        say(f"Current instance count: {capacity.before}")
-        if capacity.after > capacity.before:
-            if capacity.before == 0:
-                say("Starting first instance...")
-            say(f"Adjusted ASG capacity to {capacity.after}")
-        return capacity
-
-    def _queue(self) -> Any:
-        if self._sqs is None:
-            self._sqs = aws_client("sqs", self.settings.region)
-            self._queue_url = self._sqs.get_queue_url(QueueName=self.settings.sqs_name)["QueueUrl"]
-        return self._sqs
-
-
-# --- Waiting ---------------------------------------------------------------------------------------------
-
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 5.0
-"""Between two rounds of looks for receipts; it grows while nothing comes."""
-LOOKS_PER_ROUND = 20
-"""Most jobs whose receipt is looked for in one round, so that many jobs cost no more requests than few."""
-FLEET_LOOK_S = 15.0
-"""Between two looks at queue and group."""
-
-
-def read_result(s3: Any, bucket: str, job_id: str) -> JobResult | None:
-    """The job's result.json, None while it has none. Raises what boto3 raises."""
-    stored: JobResult | None = read_json(s3, bucket, result_key(job_id))
-    return stored
-
-
-def read_progress(s3: Any, bucket: str, job_id: str) -> JobProgress | None:
-    """The job's progress.json, None while it has none or where S3 does not give it just now."""
-    try:
-        stored: JobProgress | None = read_json(s3, bucket, f"output/{job_id}/progress.json")
-    except Exception as error:
-        if not will_pass(error):
-            raise
-        return None
-    return stored
-
-
-def read_json(s3: Any, bucket: str, key: str) -> Any:
-    """A JSON object in the bucket, None where there is none. Raises what boto3 raises, and ValueError."""
-    try:
-        return json.loads(s3.get_object(Bucket=bucket, Key=key)["Body"].read())
-    except s3.exceptions.NoSuchKey:
-        return None
-
-
-def download_files(s3: Any, bucket: str, result: JobResult, folder: Path) -> list[Path]:
-    """Save the files of a job in `folder`/<job_id>/; boto3 fetches the parts of a large one at the same time."""
-    keys = [output["s3_key"] for output in result["outputs"]]
-    targets = [folder.joinpath(*local_parts(key)) for key in keys]
-    for key, target in zip(keys, targets, strict=True):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        s3.download_file(bucket, key, str(target))
-    return targets
-
-
-def local_parts(key: str) -> list[str]:
-    """The parts of the path at which the object of a job, output/<job_id>/…, is saved: never above its folder."""
-    first, *parts = key.split("/")
-    if first != "output" or len(parts) < 2 or {"", ".", ".."} & set(parts) or "\\" in key:
-        raise ValueError(f"{key!r:.200} is no file of a job: it is not saved")
-    return parts
-
-
-def wait_for(
-    s3: Any,
-    bucket: str,
-    job_ids: Sequence[str],
-    *,
-    timeout_s: float | None = None,
-    after_round: Callable[[], None] = lambda: None,
-    say: Callable[[str], None] = lambda _: None,
-) -> Iterator[JobResult]:
-    """Yield the result.json of every job as it appears, in the order they are found.
-
-    `after_round` is called each time the receipts were looked for and some are missing still. What passes
-    (throttling, 5xx, network) is waited through and said once. Raises WaitTimeoutError after `timeout_s`
-    seconds, and what boto3 raises when it will not pass, such as a refused access.
-    """
-    unfinished = deque(dict.fromkeys(job_ids))
-    end = None if timeout_s is None else time.monotonic() + timeout_s
-    pause_s, trouble = FIRST_PAUSE_S, False
-    while unfinished:
-        found = False
-        for _ in range(min(len(unfinished), LOOKS_PER_ROUND)):
-            try:
-                result = read_result(s3, bucket, unfinished[0])
-            except Exception as error:
-                if not will_pass(error):
-                    raise
-                if not trouble:
-                    say(f"Results cannot be read just now, waiting goes on: {one_line(error)}")
-                trouble = True
-                break
-            if result is None:
-                unfinished.rotate(-1)
-                continue
-            unfinished.popleft()
-            found = True
-            yield result
-        if not unfinished:
-            return
-        after_round()
-        pause_s = FIRST_PAUSE_S if found else min(pause_s * 1.5, LONGEST_PAUSE_S)
-        if end is not None:
-            left_s = end - time.monotonic()
-            if left_s <= 0:
-                raise WaitTimeoutError(f"{count(len(unfinished), 'job')} had no result after {timeout_s:g} s")
-            pause_s = min(pause_s, left_s)
-        time.sleep(pause_s)
-
-
-def will_pass(error: Exception) -> bool:
-    """Whether an AWS error is one of the network, of a busy or of a broken service, so worth another try."""
-    from botocore.exceptions import ConnectionError as NoConnectionError
-    from botocore.exceptions import HTTPClientError, IncompleteReadError
-
-    if isinstance(error, NoConnectionError | HTTPClientError | IncompleteReadError):
-        return True
-    status = (getattr(error, "response", None) or {}).get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    return status >= 500 or error_code(error) in ("SlowDown", "Throttling", "ThrottlingException", "RequestTimeout")
-
-
-def one_line(error: Exception) -> str:
-    """An error's text, which may have several lines, in one."""
-    return " ".join(str(error).split()) or repr(error)
 
 
 class FleetWatch:
