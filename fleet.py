@@ -45,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line, checked for what belongs together."""
-    parser = argparse.ArgumentParser(description="Looks after a fleet. Every command has its own --help.")
+    parser = argparse.ArgumentParser(
+        prog="fleet.py", description="Looks after a fleet. Every command has its own --help."
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, summary: str, json_help: str, more: str) -> argparse.ArgumentParser:

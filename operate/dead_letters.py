@@ -81,7 +81,8 @@ def read_dead(settings: Settings) -> dict[str, Any]:
     stories: dict[str, tuple[str, str]] = {}
     if messages:
         try:
-            stories = read_stories(s3, settings.s3_bucket, min(map(sent_at, messages)))
+            since = min(map(sent_at, messages)).replace(microsecond=0)  # S3 knows whole seconds
+            stories = read_stories(s3, settings.s3_bucket, since)
         except Exception as error:
             dead["not_seen"] = [f"the workers' logs cannot be searched: {refusal(error, 's3')}"]
     for message in messages:
