@@ -50,25 +50,25 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(name: str, summary: str, json_help: str, more: str) -> argparse.ArgumentParser:
+    def command(name: str, summary: str, more: str) -> argparse.ArgumentParser:
         made = commands.add_parser(
             name,
             help=summary,
-            description=summary[0].upper() + summary[1:] + ".",
+            description=f"{summary[0].upper()}{summary[1:]}.",
             epilog=more,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         made.add_argument("--env", metavar="NAME", help="the environment, instead of ENV in the settings")
-        made.add_argument("--json", action="store_true", help=f"print {json_help}, for programs")
+        made.add_argument("--json", action="store_true", help="print one object, for programs")
         return made
 
-    status = command("status", "how queue and instances stand", "one object, with --watch one a line", STATUS_HELP)
+    status = command("status", "how queue and instances stand", STATUS_HELP)
     status.add_argument("--watch", action="store_true", help="look again every few seconds")
-    command("dead", "the jobs in the dead-letter queue, and why they are there", "one object", DEAD_HELP)
-    command("redrive", "send the dead jobs back to the queue", "one object", REDRIVE_HELP)
-    purging = command("purge", "delete the dead jobs, after a question", "one object", PURGE_HELP)
+    command("dead", "the jobs in the dead-letter queue, and why they are there", DEAD_HELP)
+    command("redrive", "send the dead jobs back to the queue", REDRIVE_HELP)
+    purging = command("purge", "delete the dead jobs, after a question", PURGE_HELP)
     purging.add_argument("--yes", action="store_true", help="do not ask; --json needs it")
-    report = command("report", "draw a page of jobs that have ended", "one object", REPORT_HELP)
+    report = command("report", "draw a page of jobs that have ended", REPORT_HELP)
     report.add_argument("job_ids", nargs="+", type=job_id, metavar="JOB_ID", help="as printed when a job is sent")
     report.add_argument("--output", type=Path, default=Path("report.html"), metavar="FILE.html",
                         help="the page (default: report.html)")  # fmt: skip
@@ -99,8 +99,9 @@ STATUS_HELP = """\
 example:
   ./fleet.py status --env pro --watch
 
-What one is not allowed to see costs its line only. Exits with 1 when neither queue nor group can be seen. The object has env, region, at, queue, oldest_s, last_hour, group, instances, usd_per_hour,
-scaling_errors and not_seen; what cannot be read is null.
+What one is not allowed to see costs its line only. Exits with 1 when neither queue nor group can be seen.
+With --watch --json prints an object a line. The object has env, region, at, queue, oldest_s, last_hour, group,
+instances, usd_per_hour, scaling_errors and not_seen; what cannot be read is null.
 """
 DEAD_HELP = """\
 example:

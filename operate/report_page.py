@@ -252,17 +252,10 @@ def draw_lane(lane: Lane, span: Span) -> Html:
 
 def draw_bar(job: Ran, span: Span) -> Html:
     """A job on its instance's lane, which leads to its card."""
-    kind = "busy" if job.succeeded else "failed"
+    kind, name = ("busy", f"job {job.number}") if job.succeeded else ("failed", f"job {job.number} failed")
     east = " east" if span.at(job.started) > 30 else ""
-    return fill(
-        "bar",
-        **placed(job.started, job.finished, span),
-        kind=f"{kind}{east}",
-        number=job.number,
-        name=f"job {job.number}{'' if job.succeeded else ' failed'}",
-        job_id=job.result["job_id"],
-        times=job.times(),
-    )
+    place, job_id = placed(job.started, job.finished, span), job.result["job_id"]
+    return fill("bar", **place, kind=kind + east, number=job.number, name=name, job_id=job_id, times=job.times())
 
 
 def placed(begin: float, end: float, span: Span) -> dict[str, str]:
@@ -272,16 +265,10 @@ def placed(begin: float, end: float, span: Span) -> dict[str, str]:
 
 def draw_card(job: Ran, pictures: Sequence[Picture]) -> Html:
     """A job in the gallery: its images and what they were made of, or what became of it instead."""
-    result = job.result
-    parts = [
-        fill(
-            "picture",
-            link=f"#job{job.number}" if each.source.startswith("data:") else each.source,
-            source=each.source,
-            words=each.prompt or each.name,
-        )
-        for each in pictures
-    ]
+    result, parts = job.result, []
+    for each in pictures:
+        link = f"#job{job.number}" if each.source.startswith("data:") else each.source
+        parts.append(fill("picture", link=link, source=each.source, words=each.prompt or each.name))
     if not job.succeeded:
         error = result["error"] or {}
         parts.append(fill("error", kind=error.get("kind"), message=error.get("message")))
@@ -291,16 +278,10 @@ def draw_card(job: Ran, pictures: Sequence[Picture]) -> Html:
     prompt = "\n".join(dict.fromkeys(each.prompt for each in pictures if each.prompt))
     seeds = ", ".join(dict.fromkeys(each.seed for each in pictures if each.seed))
     return fill(
-        "card",
-        number=job.number,
-        columns=min(len(parts), 2),
-        pictures=join(parts),
-        prompt=fill("paragraph", text=prompt) if prompt else "",
-        times=job.times(),
-        seed=fill("seed", seeds=seeds) if seeds else "",
-        instance_id=result["instance_id"],
-        job_id=result["job_id"],
-    )
+        "card", number=job.number, columns=min(len(parts), 2), pictures=join(parts), times=job.times(),
+        prompt=fill("paragraph", text=prompt) if prompt else "", seed=fill("seed", seeds=seeds) if seeds else "",
+        instance_id=result["instance_id"], job_id=result["job_id"],
+    )  # fmt: skip
 
 
 # --- Markup ----------------------------------------------------------------------------------------------
