@@ -9,7 +9,7 @@ import re
 import signal
 import subprocess
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -21,9 +21,35 @@ from workplace import Site, image_workflow
 import send_job
 from comfy_utils import (
     QueueDepth,
-    load_settings,
     new_job_id,
 )
+
+
+@pytest.fixture
+def sending(make_site: Callable[..., Site]) -> Iterator[Callable[..., tuple[Site, subprocess.Popen[str]]]]:
+    """Starts send_job.py in a new site, to be watched as it runs."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str, site: Site | None = None) -> tuple[Site, subprocess.Popen[str]]:
+        site = site or make_site()
+        # A shell that starts tests in the background has them ignore Ctrl-C, and their children with them.
+        command = ["env", "--default-signal=INT", "python", "send_job.py", *arguments]
+        process = subprocess.Popen(
+            command,
+            cwd=site.folder,
+            env=site.environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return site, process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
 
 
 def read_until(process: subprocess.Popen[str], beginning: str) -> list[str]:
@@ -117,17 +143,13 @@ def test_a_refused_bucket_ends_the_waiting_with_the_remedy(
 
 
 def test_jobs_that_were_sent_are_waited_for_when_others_could_not_be(
-    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    sender_site: Site, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    site = make_site()
-    for name, value in (site.environment() | {"ENV": site.env}).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(send_job, "load_settings", lambda _: load_settings(None, site.folder / "env"))
     send_many = send_job.Sender.send_many
 
     def send_one(self: send_job.Sender, bodies: Sequence[dict[str, Any]], *_: Any, **__: Any) -> list[str]:
         sent = send_many(self, bodies[:1])
-        store(site, sent[0])
+        store(sender_site, sent[0])
         raise send_job.NotAllSentError(sent, ["another"], "the line is cut")
 
     monkeypatch.setattr(send_job.Sender, "send_many", send_one)
