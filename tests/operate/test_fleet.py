@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -119,6 +120,7 @@ def test_programs_read_what_became_of_dead_jobs(
         "result": result,
     }
     assert jobs[other]["kind"] is None
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", jobs[other]["sent_at"])
     assert jobs[other]["problem"].startswith("the message is not JSON")
     assert (jobs[other]["reason"], jobs[other]["result"]) == (None, None)
 
