@@ -92,7 +92,7 @@ def read_dead(settings: Settings) -> dict[str, Any]:
         with suppress(Exception):
             result = read_result(s3, settings.s3_bucket, job_id)
         dead["jobs"].append(
-            {"job_id": job_id, "kind": kind, "problem": problem, "sent_at": sent_at(message).isoformat(timespec="seconds").replace("+00:00", "Z"),
+            {"job_id": job_id, "kind": kind, "problem": problem, "sent_at": f"{sent_at(message):%Y-%m-%dT%H:%M:%SZ}",
              "receives": int(message["Attributes"]["ApproximateReceiveCount"]), "reason": reason,
              "log": log and f"s3://{settings.s3_bucket}/{log}", "result": result}
         )  # fmt: skip
