@@ -18,10 +18,9 @@
 # always safe. Only a blank instance store is ever formatted.
 set -euo pipefail
 
-# shellcheck source=create_env.sh
-source "$(dirname "${BASH_SOURCE[0]}")/create_env.sh" # die, load_env
-
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+source "$HERE/provision/common.sh" # die, load_env, usage
+
 INSTANCE_STORE_MODEL="Amazon EC2 NVMe Instance Storage"
 INSTANCE_STORE_LABEL=comfy-local
 COPY_TRIES=3
