@@ -75,7 +75,7 @@ look_at_group() {
     --output text)
   IFS=$'\t' read -r -a found <<<"$answer"
   for i in "${!names[@]}"; do
-    GROUP[${names[i]}]=${found[i]-}
+    GROUP[${names[i]}]=${found[i]:-None}
   done
 }
 
