@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import random
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 from local_cloud import LocalCloud, Machine
-from workplace import Site, await_that, group_of
+from workplace import Sample, Site, await_that, group_of
 
 # Nothing may ever reach a real AWS address, whatever a test forgets to set.
 for _name in ("AWS_ENDPOINT_URL", "AWS_EC2_METADATA_SERVICE_ENDPOINT"):
     os.environ[_name] = "http://127.0.0.1:9"
 os.environ.setdefault("AWS_ACCESS_KEY_ID", "local")
 os.environ.setdefault("AWS_SECRET_ACCESS_KEY", "local")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """How much of what takes minutes is tested."""
+    parser.addoption("--full", action="store_true", help="go through every point where a test else takes a sample")
+    parser.addoption("--seed", type=int, help="take the samples that an earlier run with this seed took")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Choose a seed where none is given, before the processes that run the tests are told."""
+    if config.option.seed is None:
+        config.option.seed = random.randrange(1_000_000)
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """What repeats this run."""
+    return "every point is tested (--full)" if config.option.full else f"samples: --seed {config.option.seed}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -24,6 +42,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for number, item in enumerate(slow):
         dealt.insert(number * len(items) // len(slow), item)
     items[:] = dealt
+
+
+@pytest.fixture
+def sample(request: pytest.FixtureRequest) -> Sample:
+    """Some of the points a test could go through, by the seed."""
+    options = request.config.option
+    chance = random.Random(f"{options.seed} {request.node.nodeid}")
+
+    def take(points: Sequence[int], size: int) -> list[int]:
+        return list(points) if options.full else sorted(chance.sample(points, min(size, len(points))))
+
+    return take
 
 
 @pytest.fixture(scope="session")

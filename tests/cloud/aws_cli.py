@@ -1,21 +1,22 @@
 """The real AWS CLI without its start-up: a server that has it imported runs each call in a fork of itself.
 
 Starting the CLI takes half a second of processor time, and the scripts call it dozens of times. The local cloud
-starts the server; bin/aws is the caller, which hands over its arguments, environment, working directory and
-standard streams, and gets the exit code. A caller that is killed takes its call with it.
+starts the server; bin/aws is the caller, by way of aws_call.py, and gets the exit code. A caller that is killed
+takes its call with it.
 """
 
 from __future__ import annotations
 
-import array
-import json
+import gc
 import os
 import signal
 import socket
 import sys
+import threading
+from typing import Any
 
-VARIABLE = "LOCAL_AWS_CLI"
-"""Names the server's socket in the environment of those who may use it."""
+import awscli.clidriver
+
 SERVICES = (
     "autoscaling",
     "cloudwatch",
@@ -29,28 +30,10 @@ SERVICES = (
 )
 
 
-def call(path: str, arguments: list[str]) -> int:
-    """Have the server at `path` run the CLI with these arguments; returns its exit code."""
-    folder = os.getcwd()  # noqa: PTH109 - pathlib would double the start-up
-    request = json.dumps({"arguments": arguments, "environment": dict(os.environ), "folder": folder})
-    with socket.socket(socket.AF_UNIX) as connection:
-        connection.connect(path)
-        streams = array.array("i", [0, 1, 2])
-        connection.sendmsg([b"-"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, streams)])
-        connection.sendall(request.encode() + b"\n")
-        answer = connection.recv(1)
-    return answer[0] if answer else 255
-
-
 def serve(listener: socket.socket) -> None:
     """Answer callers until the process at the other end of standard input is gone."""
-    import threading
-
-    import awscli.clidriver
-
     driver = awscli.clidriver.create_clidriver()
-    for service in SERVICES:
-        driver.session.get_component("data_loader").load_service_model(service, "service-2")
+    warm(driver)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for a call but its caller
 
     def await_end() -> None:
@@ -67,29 +50,42 @@ def serve(listener: socket.socket) -> None:
         connection.close()
 
 
-def run(driver: object, connection: socket.socket) -> None:
-    """In a process of its own: one call."""
-    import threading
+def warm(driver: Any) -> None:
+    """Read and build before the forks what each call would else read and build again."""
+    commands = driver.create_help_command().command_table
+    for service in SERVICES:
+        commands["s3api" if service == "s3" else service].create_help_command()
+        # With keys of its own, or the session would keep those of the server for all who call.
+        driver.session.create_client(service, "us-west-2", aws_access_key_id="x", aws_secret_access_key="x")
+    # Where a service has nothing to read the CLI would look for it in every folder, each time.
+    driver.session.get_component("data_loader").list_available_services("paginators-1")
+    gc.freeze()
+    gc.disable()
 
+
+def run(driver: Any, connection: socket.socket) -> None:
+    """In a process of its own: one call."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    _, streams, _, _ = socket.recv_fds(connection, 1, 3)
+    length, streams, _, _ = socket.recv_fds(connection, 8, 3)
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
-    request = json.loads(connection.makefile().readline())
+    request = connection.recv(int.from_bytes(length), socket.MSG_WAITALL).split(b"\0")
+    folder, arguments = request[0], [os.fsdecode(argument) for argument in request[2 : 2 + int(request[1])]]
+    variables = [os.fsdecode(variable).partition("=") for variable in request[2 + int(request[1]) :]]
 
     def await_caller() -> None:
         if not connection.recv(1):
             os._exit(130)
 
     threading.Thread(target=await_caller, daemon=True).start()
-    os.chdir(request["folder"])
+    os.chdir(folder)
     os.environ.clear()
-    os.environ.update(request["environment"])
-    sys.argv = ["aws", *request["arguments"]]
+    os.environ.update({name: value for name, _, value in variables})
+    sys.argv = ["aws", *arguments]
     code = 255
     try:
-        code = driver.main(request["arguments"])  # type: ignore[attr-defined]
+        code = driver.main(arguments)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 255
     finally:
@@ -101,6 +97,4 @@ def run(driver: object, connection: socket.socket) -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--serve"]:
-        serve(socket.socket(fileno=int(sys.argv[2])))
-    sys.exit(call(os.environ[VARIABLE], sys.argv[1:]))
+    serve(socket.socket(fileno=int(sys.argv[1])))

@@ -24,11 +24,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import aws_cli
 import boto3
 import pytest
 from botocore.exceptions import ClientError
-from local_cloud import ACCOUNT_ID, REGION, LocalCloud
+from local_cloud import ACCOUNT_ID, AWS_CLI_SOCKET, REGION, LocalCloud
 from places import CLOUD, copy_scripts
 
 CALL_LIMIT_S = 300.0
@@ -155,7 +154,7 @@ class Aws:
             "AWS_ACCESS_KEY_ID": "test",
             "AWS_SECRET_ACCESS_KEY": "test",
             "POLL_SECONDS": "0.1",
-            aws_cli.VARIABLE: self.aws_cli_socket,
+            AWS_CLI_SOCKET: self.aws_cli_socket,
         }
 
     def client(self, service: str, region: str = REGION) -> Any:

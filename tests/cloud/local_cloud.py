@@ -38,7 +38,6 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode
 from xml.sax.saxutils import escape
 
-import aws_cli
 import boto3
 import local_iam
 from moto.autoscaling.models import InstanceState
@@ -62,6 +61,7 @@ logger = logging.getLogger("local_cloud")
 # Its own clock takes some 6 µs, so that a queue of a thousand messages took 50 a second.
 vars(sqs_models)["unix_time_millis"] = lambda: time.time() * 1000
 
+AWS_CLI_SOCKET = "LOCAL_AWS_CLI"  # names it in the environment of those who may use it
 ACCOUNT_ID, REGION = local_iam.ACCOUNT_ID, local_iam.REGION
 INSTALL_DIR = "/home/ubuntu/comfy"  # where the units expect the bundle; each instance has its own copy
 FAULTLESS_KEY = "faultless"  # the access key of those who watch the cloud: they meet no faults
@@ -185,7 +185,7 @@ class LocalCloud:
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(path)
             listener.listen(64)
-            command = [sys.executable, str(CLOUD / "aws_cli.py"), "--serve", str(listener.fileno())]
+            command = [sys.executable, str(CLOUD / "aws_cli.py"), str(listener.fileno())]
             return subprocess.Popen(
                 command, stdin=subprocess.PIPE, pass_fds=[listener.fileno()], start_new_session=True
             ), path
@@ -201,7 +201,7 @@ class LocalCloud:
             "AWS_REGION": REGION,
             "AWS_CONFIG_FILE": "/dev/null",
             "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
-            aws_cli.VARIABLE: self.aws_cli_socket,
+            AWS_CLI_SOCKET: self.aws_cli_socket,
         }
 
     def client(self, service: str) -> Any:
@@ -894,7 +894,7 @@ class Machine:
             "AWS_METADATA_SERVICE_TIMEOUT": "5",
             "AWS_CONFIG_FILE": "/dev/null",
             "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
-            aws_cli.VARIABLE: self.cloud.aws_cli_socket,
+            AWS_CLI_SOCKET: self.cloud.aws_cli_socket,
             "BOOTED_AT": str(self.booted_at),
             "COMFY_HOME": str(self.folder),
             "COMFY_ADDRESS": f"127.0.0.1:{self.comfy_port}",

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from local_cloud import ACCOUNT_ID, REGION, LocalCloud, free_port
 from places import CLOUD, copy_comfyui, copy_scripts
 
 LIMIT_S = float(os.environ.get("TEST_LIMIT_S", "90"))  # generous, because the machine may be busy
+Sample = Callable[[Sequence[int], int], list[int]]
+"""Takes so many of the points a test could go through, in their order: all of them with --full. See conftest.py."""
 
 
 def await_that(what: str, condition: Callable[[], Any], limit_s: float = LIMIT_S) -> Any:
