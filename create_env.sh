@@ -169,6 +169,4 @@ main() {
   if [[ $ENV == base ]]; then prepare_base; else make_fleet; fi
 }
 
-if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
-  main "$@"
-fi
+main "$@"

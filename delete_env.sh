@@ -51,14 +51,6 @@ parse_arguments() {
   [[ $NAME != base ]] || die "base is the machine that environments are made from: it is never removed by this script"
 }
 
-confirm() {
-  local answer=""
-  [[ $KEEP_BUCKET == yes ]] || printf 'All files in %s are lost for ever. ' "$S3_BUCKET"
-  printf 'Type %s to remove the environment: ' "$ENV"
-  read -r answer || printf '\n'
-  [[ $answer == "$ENV" ]] || die "'$answer' is not $ENV: nothing was removed"
-}
-
 remove_everything() {
   local fleet_refused
   remove_kind alarm "$FOUND" # first, so that it starts nothing any more
@@ -117,6 +109,4 @@ main() {
   say_what_is_left
 }
 
-if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
-  main "$@"
-fi
+main "$@"

@@ -9,6 +9,14 @@ DELETE_BATCH=${DELETE_BATCH:-1000} # how many files S3 takes in one call to dele
 
 REFUSED=no # remove_kind: yes where a piece could not be removed
 
+confirm() {
+  local answer=""
+  [[ $KEEP_BUCKET == yes ]] || printf 'All files in %s are lost for ever. ' "$S3_BUCKET"
+  printf 'Type %s to remove the environment: ' "$ENV"
+  read -r answer || printf '\n'
+  [[ $answer == "$ENV" ]] || die "'$answer' is not $ENV: nothing was removed"
+}
+
 # remove_kind KIND FOUND: everything in FOUND that is of that kind and ours. A refusal is reported and
 # the rest goes on; the look at the end decides.
 remove_kind() {
