@@ -17,12 +17,9 @@ POLICY_ARN="" # ensure_policy
 # is idle all the more; and where nothing is known of the group, the alarm stays as it is.
 ensure_alarms() {
   local name
-  local -a topic=()
   ensure_policy
-  ensure_alarm first-instance
-  [[ -z $ALARM_TOPIC ]] || topic=(alarms/topic.json)
-  for name in dead-letters oldest-message not-in-service idle-hour; do
-    ensure_alarm "$name" "${topic[@]}"
+  for name in first-instance dead-letters oldest-message not-in-service idle-hour; do
+    ensure_alarm "$name"
   done
 }
 
@@ -47,24 +44,29 @@ ensure_policy() {
     --query PolicyARN --output text)
 }
 
-# ensure_alarm NAME [TEMPLATE]: the alarm of alarms/NAME.json, and what TEMPLATE adds. As in the launch template, a
-# digest shows the next run what has changed.
+# ensure_alarm NAME: as in the launch template, a digest shows the next run what has changed.
 ensure_alarm() {
   local name=$ASG_NAME-$1 alarm found digest state=updated
-  local -a templates=("alarms/$1.json" "${@:2}") least=(LEAST_INSTANCES="$(instances "$MIN_INSTANCES")")
   found=$(ask "look at the alarm $name" aws cloudwatch describe-alarms \
     --alarm-names "$name" \
     --query 'MetricAlarms[].AlarmDescription | [0]' --output text)
-  alarm=$(fill "${templates[@]}" "${least[@]}" DIGEST=none)
+  alarm=$(alarm_input "$1" none)
   digest=$(digest "$alarm")
   if [[ $found == *" $digest" ]]; then
     report alarm "$name" "already there"
     return
   fi
-  alarm=$(fill "${templates[@]}" "${least[@]}" DIGEST="$digest")
+  alarm=$(alarm_input "$1" "$digest")
   change "set the alarm $name" aws cloudwatch put-metric-alarm --cli-input-json "$alarm"
   [[ $found != None ]] || state=created
   report alarm "$name" "$state"
+}
+
+# alarm_input NAME DIGEST: all that put-metric-alarm is told.
+alarm_input() {
+  local -a templates=("alarms/$1.json")
+  [[ $1 == first-instance || -z $ALARM_TOPIC ]] || templates+=(alarms/topic.json)
+  fill "${templates[@]}" DIGEST="$2" LEAST_INSTANCES="$(instances "$MIN_INSTANCES")"
 }
 
 # ensure_dashboard: what the workers publish is in the namespace PREFIX/ENV.
