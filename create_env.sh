@@ -38,24 +38,13 @@
 # environment uses stays in use until --rebake or --rollback.
 set -euo pipefail
 
-HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-source "$HERE/provision/common.sh"
-source "$HERE/provision/aws.sh"
-source "$HERE/provision/names.sh"
-source "$HERE/provision/fill.sh"
-source "$HERE/provision/checks.sh"
-source "$HERE/provision/base_machine.sh"
-source "$HERE/provision/network.sh"
-source "$HERE/provision/queues.sh"
-source "$HERE/provision/bucket.sh"
-source "$HERE/provision/trigger.sh"
-source "$HERE/provision/permissions.sh"
-source "$HERE/provision/image.sh"
-source "$HERE/provision/template.sh"
-source "$HERE/provision/group.sh"
-source "$HERE/provision/watching.sh"
-source "$HERE/provision/base_files.sh"
-source "$HERE/provision/summary.sh"
+# shellcheck source=provision/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/provision/common.sh" # HERE, die, report
+for room in aws names fill checks base_machine network queues bucket trigger permissions image template \
+  group watching base_files summary; do
+  # shellcheck source=/dev/null
+  source "$HERE/provision/$room.sh"
+done
 
 # The arguments. ACTION is update, rebake or rollback.
 NAME="" ID="" ACTION=update KEEP="" REBOOT=no-reboot WITH_OUTPUT=no S3_TRIGGER="" WAIT=no MOVE_DATA=no YES=no

@@ -19,15 +19,12 @@
 # The base machine, its bucket and its queues are never touched.
 set -euo pipefail
 
-HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-source "$HERE/provision/common.sh"
-source "$HERE/provision/aws.sh"
-source "$HERE/provision/names.sh"
-source "$HERE/provision/fill.sh"
-source "$HERE/provision/bucket.sh"
-source "$HERE/provision/inventory.sh"
-source "$HERE/provision/drain.sh"
-source "$HERE/provision/removal.sh"
+# shellcheck source=provision/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/provision/common.sh" # HERE, die, report
+for room in aws names fill bucket inventory drain removal; do
+  # shellcheck source=/dev/null
+  source "$HERE/provision/$room.sh"
+done
 
 NAME="" YES=no DRAIN=no KEEP_BUCKET=no # the arguments
 FOUND=""                               # what there is, or is left, to remove

@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
-#
 # How AWS is called. Behind each of these words and its first argument stands a plain `aws` command.
 
 POLL_SECONDS=${POLL_SECONDS:-10} # between two looks at something that is waited for

@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
-#
 # ComfyUI's models, input and output on the base machine: to its bucket (create_env.sh base --move-data).
 
 # move_data YES: ComfyUI's models, input and output go to the bucket, and links into the mounted bucket take their

@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
-#
 # The base machine, which environments are made from.
 
 # What inspect_base finds of BASE_ID. VPC is empty where there is no such machine; SECURITY_GROUPS, DEVICES and KEY_NAME
@@ -48,7 +47,7 @@ check_here() {
   local file
   grep -qsE '^ID(_LIKE)?=.*(ubuntu|debian)' /etc/os-release \
     || warn "this machine does not run Ubuntu, for which the services and their instructions are made"
-  for file in env start_service.sh parse_job.py ComfyUI/main.py; do
+  for file in env start_service.sh provision/common.sh parse_job.py ComfyUI/main.py; do
     [[ -f $COMFY_HOME/$file ]] \
       || problem "there is no $COMFY_HOME/$file, so no instance of the fleet could work: put it there, or correct COMFY_HOME in $HERE/env"
   done

@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
-#
 # The environment's bucket, and what comes into it from the base bucket.
 
-BUCKET_STATE=""      # ensure_bucket: created, updated or already there
+BUCKET_STATE=""     # ensure_bucket: created, updated or already there
 OURS=yes CHANGED=no # whether the bucket is to be secured, and whether it was
 
 ensure_bucket() {

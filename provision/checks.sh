@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
-#
 # Checks before anything is made: of the settings, and of what AWS has for them.
 
 TYPES=() # the instance types of a mixed group; empty where the group has the launch template's one type

@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
-#
 # What every script says and reads: problems, help, reports, the settings file. start_service.sh needs no other room.
 
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd) # the folder of the scripts and of env

@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
-#
 # The end of an environment's jobs: no new ones, and those that are there are run (delete_env.sh --drain).
 
 # How long to wait for the jobs, and how long a queue must look empty to be so: AWS counts its messages with a delay

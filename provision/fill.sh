@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
-#
 # The documents that AWS gets: templates/, in which fill.py fills in names.
 
 # fill TEMPLATE... [NAME=VALUE...]: prints one document made of the templates, with a value in place of every ${NAME}:
@@ -10,10 +9,10 @@ fill() {
   for name in "$@"; do
     if [[ $name == *=* ]]; then given+=("$name"); else templates+=("$HERE/provision/templates/$name"); fi
   done
-  for name in $(grep --only-matching --no-filename --extended-regexp '\$\{[A-Z][A-Z0-9_]*' "${templates[@]}"); do
+  while read -r name; do
     name=${name:2}
     values+=("$name=${!name-}")
-  done
+  done < <(grep --only-matching --no-filename --extended-regexp '\$\{[A-Z][A-Z0-9_]*' "${templates[@]}")
   env "${values[@]}" "${given[@]}" python3 -IS "$HERE/provision/fill.py" "${templates[@]}" \
     || die "cannot make what AWS gets of ${templates[*]#"$HERE/"}: see above"
 }

@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
-#
 # The Auto Scaling group, with its hook and its warm pool.
 
 # The worker (parse_job.py) answers to the hook by this name.

@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
-#
 # The fleet's image, which is one of the base machine.
 #
 # The image that the launch template's default version names is the one in use. An image's tag comfy-image says
@@ -80,13 +79,13 @@ ensure_image() {
 
 make_image() {
   local reboot=$1 name device mark="" tags
-  local -a devices=()
+  local -a mappings=()
   name=$ASG_NAME-image-$(date -u +%Y%m%dT%H%M%SZ)
   # A volume that the base keeps when it ends must not outlive every fleet instance.
   if [[ $DEVICES != None ]]; then
-    devices=(--block-device-mappings)
+    mappings=(--block-device-mappings)
     for device in $DEVICES; do
-      devices+=("DeviceName=$device,Ebs={DeleteOnTermination=true}")
+      mappings+=("DeviceName=$device,Ebs={DeleteOnTermination=true}")
     done
   fi
   tags="{Key=comfy-env,Value=$ENV},{Key=comfy-prefix,Value=$PREFIX},{Key=Name,Value=$ASG_NAME}"
@@ -98,7 +97,7 @@ make_image() {
       --name "$name" \
       --description "comfy-on-ec2: environment $ENV, made from $BASE_ID" \
       "--$reboot" \
-      "${devices[@]}" \
+      "${mappings[@]}" \
       --tag-specifications "ResourceType=image,Tags=[$mark$tags]" "ResourceType=snapshot,Tags=[$tags]" \
       --query ImageId --output text)
   fi

@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
-#
 # What there is of an environment, by its names and by its tags, and whose it is.
 
 KINDS=(alarm dashboard group instance queue template image snapshot volume profile role bucket)

@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
-#
 # An environment's settings, and what everything that belongs to it is called.
 
 # choose_env NAME: checks NAME and sets everything that depends on it: the settings, PARTITION and DNS_SUFFIX, the
@@ -50,22 +49,10 @@ read_settings() {
   [[ ${REGION:-} =~ ^[a-z]+(-[a-z]+)+-[0-9]+$ ]] \
     || die "REGION is '${REGION:-}': set it in $HERE/env to your AWS region, such as us-west-2"
   : "${PREFIX:=simple-comfy}"
-  : "${S3_BUCKET:=$PREFIX-$ACCOUNT_ID-$REGION-$ENV}"
-  : "${SQS_NAME:=$PREFIX-$ENV-queue}"
-  : "${ASG_NAME:=$PREFIX-$ENV-asg}"
-  : "${INSTANCE_TYPE:=g5.2xlarge}"
-  : "${INSTANCE_TYPES:=}"
-  : "${INSTANCE_PROFILE:=}"
-  : "${SPOT_PERCENT:=0}"
-  : "${WARM_POOL:=0}"
-  : "${MIN_INSTANCES:=0}"
-  : "${MAX_INSTANCES:=20}"
-  : "${COMFY_HOME:=/home/ubuntu/comfy}"
-  : "${VISIBILITY_TIMEOUT:=120}"
-  : "${MAX_RECEIVES:=3}"
-  : "${VOLUME_INIT_RATE:=}"
-  : "${ALARM_AGE:=1800}"
-  : "${ALARM_TOPIC:=}"
+  : "${S3_BUCKET:=$PREFIX-$ACCOUNT_ID-$REGION-$ENV}" "${SQS_NAME:=$PREFIX-$ENV-queue}" "${ASG_NAME:=$PREFIX-$ENV-asg}"
+  : "${COMFY_HOME:=/home/ubuntu/comfy}" "${INSTANCE_PROFILE:=}" "${INSTANCE_TYPE:=g5.2xlarge}" "${INSTANCE_TYPES:=}"
+  : "${MIN_INSTANCES:=0}" "${MAX_INSTANCES:=20}" "${SPOT_PERCENT:=0}" "${WARM_POOL:=0}" "${VOLUME_INIT_RATE:=}"
+  : "${VISIBILITY_TIMEOUT:=120}" "${MAX_RECEIVES:=3}" "${ALARM_AGE:=1800}" "${ALARM_TOPIC:=}"
 }
 
 check_names() {

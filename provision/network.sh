@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
-#
 # Where the fleet runs: the private subnets of the base machine's VPC.
 
 # choose_subnets: the fleet's subnets and their zones, comma-separated; which they are, in words; and of private ones

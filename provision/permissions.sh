@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
-#
 # Who may do what: the policies of the workers, of who sends jobs and of who runs these scripts; the workers' role.
 
 PROFILE="" # ensure_profile: the instance profile of the workers
@@ -15,39 +14,35 @@ print_policy() {
   fi
   choose_env "$name"
   check_profile
-  policy=$("${who}_policy")
+  policy=$(policy_of "$who")
   python3 -m json.tool <<<"$policy"
 }
 
-# worker_policy: of an instance. models/ is read only, so that no job can change what all others load; on
-# the base machine designers change everything through the mounted bucket. What it may delete in input/jobs/ is
-# a job's inputs and its cancel.
-worker_policy() {
-  if [[ $ENV == base ]]; then fill policies/worker-base.json; else fill policies/worker.json; fi
-}
-
-# sender_policy: of who sends jobs, waits for them and fetches their results.
-sender_policy() {
-  fill policies/sender.json
-}
-
-# operator_policy: of who runs create_env.sh, delete_env.sh and fleet.py. It makes and removes only what carries the
-# environment's names or tags; of base it removes nothing.
+# policy_of WHO: worker, the instances; sender, who sends jobs, waits for them and fetches their results; or operator,
+# who runs create_env.sh, delete_env.sh and fleet.py.
 #
-# Images and snapshots have no account in their ARN. RunInstances is asked for when a group is made or changed, too:
-# whether its maker could launch what the template says. Of a role or a profile that is not there yet AWS does not
-# know the path. A service-linked role is for the account's first group and its first Spot instance.
-operator_policy() {
-  local -a templates=(policies/operator.json)
-  # Another profile's role most likely has its name, as where the console has made both.
-  [[ -z $INSTANCE_PROFILE ]] || templates+=(policies/operator-profile.json)
-  [[ -z $ALARM_TOPIC ]] || templates+=(policies/operator-topic.json)
-  [[ $ENV != base ]] || templates=(policies/operator-base.json)
+# A worker only reads models/, so that no job can change what all others load; on the base machine designers change
+# everything through the mounted bucket. What it deletes in input/jobs/ is a job's inputs and its cancel.
+#
+# An operator makes and removes only what carries the environment's names or tags; of base he removes nothing. Images
+# and snapshots have no account in their ARN. RunInstances is asked for when a group is made or changed, too: whether
+# its maker could launch what the template says. Of a role or a profile that is not there yet AWS does not know the
+# path. A service-linked role is for the account's first group and its first Spot instance.
+policy_of() {
+  local -a templates=("policies/$1.json")
+  case $1:$ENV in
+    worker:base | operator:base) templates=("policies/$1-base.json") ;;
+    operator:*)
+      # Another profile's role most likely has its name, as where the console has made both.
+      [[ -z $INSTANCE_PROFILE ]] || templates+=(policies/operator-profile.json)
+      [[ -z $ALARM_TOPIC ]] || templates+=(policies/operator-topic.json)
+      ;;
+  esac
   fill "${templates[@]}"
 }
 
 # ensure_profile: sets PROFILE to the one that INSTANCE_PROFILE names, or to one with a role that may do what
-# worker_policy says and nothing else.
+# policy_of says and nothing else.
 ensure_profile() {
   local answer path policy trust found state="already there"
   if [[ -n $INSTANCE_PROFILE ]]; then
@@ -58,7 +53,7 @@ ensure_profile() {
     return
   fi
   PROFILE=$WORKER_ROLE
-  policy=$(worker_policy)
+  policy=$(policy_of worker)
   path=$(ask_iam aws iam get-role --role-name "$WORKER_ROLE" --query Role.Path --output text)
   if [[ $path == None ]]; then
     trust=$(fill policies/trust.json)

@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
-#
 # The queue and its dead-letter queue.
 
 RETENTION_SECONDS=1209600 # 14 days, the longest a queue allows

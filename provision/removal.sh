@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
-#
 # How each kind of piece is removed.
 
 # How long to wait until AWS has ended the instances, and until it lists a deleted queue no more.
@@ -23,7 +22,7 @@ remove_kind() {
   local kind=$1 found=$2 name answer
   while IFS=$'\t' read -r _ name _; do
     [[ -n $name ]] || continue
-    if answer=$("remove_$kind" "$name" 2>&1); then
+    if answer=$(remove "$kind" "$name" 2>&1); then
       report "$kind" "${name##*/}" "${answer:-removed}"
     else
       report "$kind" "${name##*/}" "not removed:$(one_line "$answer")"
@@ -32,12 +31,18 @@ remove_kind() {
   done <<<"$(of_kind "$kind" "$(ours "$found")")"
 }
 
-remove_alarm() {
-  aws cloudwatch delete-alarms --alarm-names "$1"
-}
-
-remove_dashboard() {
-  aws cloudwatch delete-dashboards --dashboard-names "$1"
+# remove KIND NAME: prints nothing, or what has become of it.
+remove() {
+  case $1 in
+    alarm) aws cloudwatch delete-alarms --alarm-names "$2" ;;
+    dashboard) aws cloudwatch delete-dashboards --dashboard-names "$2" ;;
+    instance) aws ec2 terminate-instances --instance-ids "$2" >/dev/null && printf 'ending' ;;
+    template) aws ec2 delete-launch-template --launch-template-name "$2" >/dev/null ;;
+    image) aws ec2 deregister-image --image-id "$2" >/dev/null ;;
+    snapshot) aws ec2 delete-snapshot --snapshot-id "$2" >/dev/null ;;
+    volume) aws ec2 delete-volume --volume-id "$2" ;;
+    group | queue | profile | role | bucket) "remove_$1" "$2" ;;
+  esac
 }
 
 remove_group() {
@@ -53,33 +58,12 @@ remove_group() {
   printf 'being removed'
 }
 
-remove_instance() {
-  aws ec2 terminate-instances --instance-ids "$1" >/dev/null || return
-  printf 'ending'
-}
-
 remove_queue() {
   local answer
   answer=$(aws sqs delete-queue --queue-url "$1" 2>&1) && return
   if is_no_queue "$answer"; then printf 'already gone' && return; fi
   printf '%s\n' "$answer"
   return 1
-}
-
-remove_template() {
-  aws ec2 delete-launch-template --launch-template-name "$1" >/dev/null
-}
-
-remove_image() {
-  aws ec2 deregister-image --image-id "$1" >/dev/null
-}
-
-remove_snapshot() {
-  aws ec2 delete-snapshot --snapshot-id "$1" >/dev/null
-}
-
-remove_volume() {
-  aws ec2 delete-volume --volume-id "$1"
 }
 
 # remove_profile NAME: AWS wants it empty.

@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
-#
 # What create_env.sh says in the end.
 
 summarise() {

@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
-#
 # The launch template: what an instance of the fleet is.
 
 VERSION="" # ensure_template: the version of the template that counts

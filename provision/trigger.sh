@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
-#
 # The S3 trigger: a workflow that is dropped into the bucket's input/jobs/ runs.
 
 TRIGGER_ID=comfy-jobs # the bucket's event configuration that is ours

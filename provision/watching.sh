@@ -1,5 +1,4 @@
 #!/usr/bin/env bash
-#
 # The alarms, the policy by which one of them starts an instance, and the dashboard.
 
 # While the first instance boots, and until the metrics show it, the alarm adds no second one.

@@ -46,11 +46,11 @@ env() {{
 
 ALARMS = ("first-instance", "dead-letters", "oldest-message", "not-in-service", "idle-hour")
 DOCUMENTS = {
-    "worker": "worker_policy",
-    "worker of base": "ENV=base worker_policy",
-    "sender": "sender_policy",
-    "operator": "operator_policy",
-    "operator of base": "ENV=base operator_policy",
+    "worker": "policy_of worker",
+    "worker of base": "ENV=base policy_of worker",
+    "sender": "policy_of sender",
+    "operator": "policy_of operator",
+    "operator of base": "ENV=base policy_of operator",
     "trust": "fill policies/trust.json",
     "queue": 'secure_queue False None; queue_attributes "$SQS_NAME"',
     "queue that is drained": "close_queue url",
