@@ -37,7 +37,7 @@ drain() {
 # close_queue URL: nobody may send to it any more. create_env.sh opens it again.
 close_queue() {
   local policy attributes
-  policy=$(fill policies/queue.json policies/queue-draining.json QUEUE="$SQS_NAME")
+  policy=$(fill policies/queue.json policies/queue-draining.json)
   attributes=$(fill queue/policy.json POLICY="$policy")
   change "close the queue $SQS_NAME to new jobs" aws sqs set-queue-attributes \
     --queue-url "$1" \

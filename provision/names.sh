@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # An environment's settings, and what everything that belongs to it is called.
 
-# choose_env NAME: checks NAME and sets everything that depends on it: the settings, PARTITION and DNS_SUFFIX, the
-# BASE_ names, and those below. Every script calls it, so that they can never disagree about a name.
+# choose_env NAME: checks NAME and sets everything that depends on it: the settings, the names and the ARNs. Every
+# script calls it, so that they can never disagree about a name.
 choose_env() {
   local name=$1 base setting
   [[ -n $name ]] || die "which environment? Give its name: ${0##*/} NAME (more with --help)"
@@ -22,11 +22,6 @@ choose_env() {
   fi
   check_names
 
-  case $REGION in # until check_account asks AWS
-    cn-*) set_partition aws-cn ;;
-    us-gov-*) set_partition aws-us-gov ;;
-    *) set_partition aws ;;
-  esac
   DLQ_NAME=$SQS_NAME-dlq
   TEMPLATE_NAME=$ASG_NAME-template
   ALARM_NAME=$ASG_NAME-first-instance # its scaling policy too
@@ -35,6 +30,11 @@ choose_env() {
   WORKER_PATH=/$PREFIX/$REGION/$ENV/
   OUR_FILTERS=("Name=tag:comfy-env,Values=$ENV" "Name=tag:comfy-prefix,Values=$PREFIX")
   OUR_TAGS=("Key=comfy-env,Value=$ENV" "Key=comfy-prefix,Value=$PREFIX")
+  case $REGION in # until check_account asks AWS
+    cn-*) set_partition aws-cn ;;
+    us-gov-*) set_partition aws-us-gov ;;
+    *) set_partition aws ;;
+  esac
   # AWS_REGION too: AWS CLI v2 prefers it.
   export AWS_DEFAULT_REGION=$REGION AWS_REGION=$REGION AWS_RETRY_MODE=standard AWS_PAGER=""
 }
@@ -69,11 +69,14 @@ check_names() {
   die_of_problems
 }
 
-# set_partition NAME: the part of AWS's world that the account is in, as its ARNs begin (aws, aws-cn ...), and
-# how its host names end.
+# set_partition NAME: the part of AWS's world that the account is in (aws, aws-cn ...), how its host names end, and
+# the ARNs in it.
 set_partition() {
   PARTITION=$1 DNS_SUFFIX=amazonaws.com
   [[ $1 != aws-cn ]] || DNS_SUFFIX=amazonaws.com.cn
+  QUEUE_ARN=arn:$PARTITION:sqs:$REGION:$ACCOUNT_ID:$SQS_NAME DLQ_ARN=arn:$PARTITION:sqs:$REGION:$ACCOUNT_ID:$DLQ_NAME
+  BUCKET_ARN=arn:$PARTITION:s3:::$S3_BUCKET
+  GROUP_ARN="arn:$PARTITION:autoscaling:$REGION:$ACCOUNT_ID:autoScalingGroup:*:autoScalingGroupName/$ASG_NAME"
 }
 
 # check_account: the credentials are there and belong to ACCOUNT_ID. Sets PARTITION.

@@ -37,13 +37,13 @@ ensure_queue() {
 
 # queue_attributes NAME: with those in SECURITY.
 queue_attributes() {
-  local name=$1 policy redrive=""
+  local name=$1 arn=$DLQ_ARN policy redrive=""
   local -a templates=(queue/settings.json)
-  policy=$(fill policies/queue.json QUEUE="$name")
   if [[ $name != "$DLQ_NAME" ]]; then
-    redrive=$(fill queue/redrive.json)
+    arn=$QUEUE_ARN redrive=$(fill queue/redrive.json)
     templates+=(queue/dead-letters.json)
   fi
+  policy=$(fill policies/queue.json QUEUE_ARN="$arn")
   fill "${templates[@]}" "${SECURITY[@]}" POLICY="$policy" REDRIVE="$redrive"
 }
 
@@ -69,8 +69,7 @@ queue_is_as_wanted() {
   [[ $numbers == "$VISIBILITY_TIMEOUT/$LONG_POLL_SECONDS/$RETENTION_SECONDS/$MESSAGE_BYTES" ]] || return 1
   # AWS gives the policy back in its own spelling: with or without spaces, 3 or "3".
   redrive=${redrive//[ \"]/}
-  [[ $name == "$DLQ_NAME" || ($redrive == *"deadLetterTargetArn:arn:$PARTITION:sqs:$REGION:$ACCOUNT_ID:$DLQ_NAME"[,\}]* &&
-    $redrive == *"maxReceiveCount:$MAX_RECEIVES"[,\}]*) ]]
+  [[ $name == "$DLQ_NAME" || ($redrive == *"deadLetterTargetArn:$DLQ_ARN"[,\}]* && $redrive == *"maxReceiveCount:$MAX_RECEIVES"[,\}]*) ]]
 }
 
 create_queue() {

@@ -33,7 +33,7 @@ ensure_trigger() {
   ours=$(fill policies/queue-trigger.json SID=ComfyTrigger)
   sid=ComfyTrigger$(digest "$ours")
   ours=$(fill policies/queue-trigger.json SID="$sid")
-  wanted="arn:$PARTITION:sqs:$REGION:$ACCOUNT_ID:$SQS_NAME s3:ObjectCreated:* .json input/jobs/"
+  wanted="$QUEUE_ARN s3:ObjectCreated:* .json input/jobs/"
   case $TRIGGER/$TRIGGER_FOUND in
     no/None | "yes/$wanted") ;;
     no/*) state=removed ;;
