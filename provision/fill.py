@@ -1,10 +1,4 @@
-"""Fills the environment's variables into templates and prints them as one document: fill.py TEMPLATE ...
-
-A template in JSON is valid JSON. In its strings "${NAME}" stands for a value; a string that is only "${NAME:number}"
-becomes a number; an item of a list with "${NAME:each}" is there once for each word of the value. Several templates
-become one document: their members together, and where they have a list of the same name, its items.
-In a template for a shell, a value is quoted as a shell needs it. A value that is missing or empty is refused.
-"""
+"""Fills the environment's variables into templates and prints them as one document: fill.py TEMPLATE ..."""
 
 from __future__ import annotations
 

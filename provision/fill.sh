@@ -1,5 +1,10 @@
 #!/usr/bin/env bash
-# The documents that AWS gets: templates/, in which fill.py fills in names.
+# The documents that AWS gets: templates/, in which names are filled in.
+#
+# A template in JSON is valid JSON. In its strings "${NAME}" stands for a value; a string that is only "${NAME:number}"
+# becomes a number; an item of a list with "${NAME:each}" is there once for each word of the value. Several templates
+# become one document: their members together, and the items of lists that have the same name. In a template for a
+# shell a value is quoted as a shell needs it. A value that is missing or empty is refused.
 
 # fill TEMPLATE... [NAME=VALUE...]: prints one document made of the templates, with a value in place of every ${NAME}:
 # a given one, or else that of the variable NAME.
