@@ -59,7 +59,7 @@ check_names() {
   [[ $PREFIX =~ ^[a-z0-9]([a-z0-9-]*[a-z0-9])?$ ]] \
     || problem "PREFIX is '$PREFIX': use lowercase letters, digits and hyphens in $HERE/env"
   ((${#S3_BUCKET} <= 63)) \
-    || problem "the bucket's name '$S3_BUCKET' has ${#S3_BUCKET} characters and S3 allows 63: choose a shorter name than '$name'"
+    || problem "the bucket's name '$S3_BUCKET' has ${#S3_BUCKET} characters and S3 allows 63: choose a shorter name than '$ENV'"
   [[ $S3_BUCKET =~ ^[a-z0-9][a-z0-9.-]+[a-z0-9]$ ]] \
     || problem "S3_BUCKET is '$S3_BUCKET': use 3 to 63 lowercase letters, digits, dots and hyphens in $HERE/env"
   [[ $SQS_NAME =~ ^[A-Za-z0-9_-]{1,76}$ ]] \
@@ -81,7 +81,7 @@ set_partition() {
 
 # check_account: the credentials are there and belong to ACCOUNT_ID. Sets PARTITION.
 check_account() {
-  local identity account arn
+  local identity account arn partition
   command -v aws >/dev/null \
     || die "the AWS CLI is not installed: install it, see https://docs.aws.amazon.com/cli/latest/userguide/getting-started-install.html"
   identity=$(ask "find out whose credentials these are; give this machine an instance profile, or run aws configure" \
@@ -89,6 +89,6 @@ check_account() {
   IFS=$'\t' read -r account arn <<<"$identity"
   [[ $account == "$ACCOUNT_ID" ]] \
     || die "the credentials belong to account $account, but ACCOUNT_ID is $ACCOUNT_ID: correct $HERE/env or use other credentials"
-  IFS=: read -r _ arn _ <<<"$arn"
-  set_partition "$arn"
+  IFS=: read -r _ partition _ <<<"$arn"
+  set_partition "$partition"
 }

@@ -24,10 +24,11 @@ print_policy() {
 # A worker only reads models/, so that no job can change what all others load; on the base machine designers change
 # everything through the mounted bucket. What it deletes in input/jobs/ is a job's inputs and its cancel.
 #
-# An operator makes and removes only what carries the environment's names or tags; of base he removes nothing. Images
+# An operator makes and removes only what carries the environment's names or tags, and of base removes nothing. Images
 # and snapshots have no account in their ARN. RunInstances is asked for when a group is made or changed, too: whether
 # its maker could launch what the template says. Of a role or a profile that is not there yet AWS does not know the
-# path. A service-linked role is for the account's first group and its first Spot instance.
+# path. A service-linked role is for the account's first group and its first Spot instance. fleet.py's commands for dead
+# letters need nearly all of SQS.
 policy_of() {
   local -a templates=("policies/$1.json")
   case $1:$ENV in

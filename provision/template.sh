@@ -52,7 +52,8 @@ add_version() {
     --query LaunchTemplateVersion.VersionNumber --output text)
 }
 
-# template_data: what is not named in it stays as the image has it.
+# template_data: what is not named in it stays as the image has it. The order counts in the digest: another one would
+# be a new version, for which every instance is replaced.
 template_data() {
   local user_data
   local -a templates=(launch-template/machine.json)
