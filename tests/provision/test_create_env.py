@@ -714,8 +714,6 @@ def test_warnings_stop_nobody(bundle: Bundle, aws: Aws) -> None:
 
 def test_on_the_base_machine_its_folder_and_comfyui_are_looked_at(bundle: Bundle) -> None:
     bundle.set(COMFY_HOME=str(bundle.folder), COMFY_ADDRESS="127.0.0.1:9")
-    (bundle.folder / "start_service.sh").unlink()
-    (bundle.folder / "parse_job.py").unlink()
     ran = bundle.run_function("check_here; die_of_problems")
     assert ran.returncode == 1
     assert "ComfyUI does not answer on 127.0.0.1:9" in ran.stderr
