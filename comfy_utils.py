@@ -81,7 +81,7 @@ class Settings:
         return self.comfy_home / ("ComfyUI/output" if self.env == "base" else "job-output")
 
 
-# NAME=value as both Bash and python-dotenv read it; load_env in create_env.sh has the same rule.
+# NAME=value as both Bash and python-dotenv read it; load_env in provision/common.sh has the same rule.
 _REFERENCE = re.compile(r"\$\{([A-Z][A-Z0-9_]*)\}")
 _LINE = re.compile(
     r"([A-Z][A-Z0-9_]*)="

@@ -18,10 +18,9 @@
 # always safe. Only a blank instance store is ever formatted.
 set -euo pipefail
 
-# shellcheck source=create_env.sh
-source "$(dirname "${BASH_SOURCE[0]}")/create_env.sh" # die, load_env
+# shellcheck source=provision/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/provision/common.sh" # HERE, die, load_env, usage
 
-HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 INSTANCE_STORE_MODEL="Amazon EC2 NVMe Instance Storage"
 INSTANCE_STORE_LABEL=comfy-local
 COPY_TRIES=3
@@ -30,10 +29,6 @@ COPY_REQUESTS=32 # at once, of the AWS CLI; its own default is 10
 COPY_PARTS=16    # of one file at once, of s5cmd; its own default is 5
 LOG_LIMIT_BYTES=$((50 * 1024 * 1024))
 WATCHDOG_SECONDS=${WATCHDOG_SECONDS:-30}
-
-usage() {
-  sed -n '2,/^set -/{/^#/s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
-}
 
 say() {
   printf '%s: %s\n' "${0##*/}" "$*"

@@ -31,6 +31,7 @@ from local_cloud import ACCOUNT_ID, AWS_CLI_SOCKET, REGION, LocalCloud
 from places import CLOUD, copy_scripts
 
 CALL_LIMIT_S = 300.0
+GROUND = ("common", "aws", "names", "fill")
 LOOKS_TAG = "looks-until-available"  # on a base instance: how often its new image is still pending when looked at
 
 ENV_FILE = f"""ENV=base
@@ -357,11 +358,10 @@ class Bundle:
         """Run a script of the bundle, with no terminal."""
         return self._run([str(self.folder / command[0]), *command[1:]], environment)
 
-    def run_function(
-        self, shell: str, script: str = "create_env.sh", **environment: str
-    ) -> subprocess.CompletedProcess[str]:
-        """Source a script and run `shell` in it, as environment pro."""
-        return self._run(["bash", "-c", f"source {self.folder}/{script}; choose_env pro; {shell}"], environment)
+    def run_function(self, shell: str, *rooms: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run `shell` with these rooms of provision/, besides those that all stand on, as environment pro."""
+        sources = "".join(f"source {self.folder}/provision/{room}.sh; " for room in (*GROUND, *rooms))
+        return self._run(["bash", "-c", f"set -euo pipefail; {sources}choose_env pro; {shell}"], environment)
 
     def _run(self, command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(

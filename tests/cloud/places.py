@@ -20,6 +20,13 @@ def copy_scripts(folder: Path, root: Path = ROOT) -> None:
             shutil.copytree(root / room, folder / room)
 
 
+def copy_bytecode(folder: Path) -> None:
+    """What Python has compiled of the scripts, or every process that is started would compile them again."""
+    compiled = ROOT / "__pycache__"
+    if compiled.is_dir():
+        shutil.copytree(compiled, folder / compiled.name, ignore=shutil.ignore_patterns("*.pyc.*"))
+
+
 def copy_comfyui(folder: Path) -> None:
     """The stand-in, in the place of ComfyUI's own files."""
     shutil.copy2(CLOUD / "comfyui_standin.py", folder / "main.py")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from local_cloud import ACCOUNT_ID, REGION, LocalCloud, free_port
-from places import CLOUD, copy_comfyui, copy_scripts
+from places import CLOUD, copy_bytecode, copy_comfyui, copy_scripts
 
 LIMIT_S = float(os.environ.get("TEST_LIMIT_S", "90"))  # generous, because the machine may be busy
 Sample = Callable[[Sequence[int], int], list[int]]
@@ -23,11 +23,12 @@ Sample = Callable[[Sequence[int], int], list[int]]
 
 
 def await_that(what: str, condition: Callable[[], Any], limit_s: float = LIMIT_S) -> Any:
-    """Wait until the condition holds and return its value."""
-    deadline = time.monotonic() + limit_s
+    """Wait until the condition holds and return its value. What takes long is asked for less often."""
+    began = time.monotonic()
     while not (value := condition()):
-        assert time.monotonic() < deadline, f"{what}: still not so after {limit_s:.0f} s"
-        time.sleep(0.05)
+        waited = time.monotonic() - began
+        assert waited < limit_s, f"{what}: still not so after {limit_s:.0f} s"
+        time.sleep(min(0.02 + waited / 20, 0.3))
     return value
 
 
@@ -54,6 +55,7 @@ class Site:
         for part in ("logs", "job-output", "ComfyUI/input", "ComfyUI/output", "ComfyUI/models/checkpoints"):
             (folder / part).mkdir(parents=True)
         copy_scripts(folder)
+        copy_bytecode(folder)
         (folder / "ComfyUI/models/checkpoints/v1-5-pruned-emaonly-fp16.safetensors").touch()
         (folder / "ComfyUI/input/broken.png").write_text("no picture")
         lines = {

@@ -77,7 +77,7 @@ def test_env_example_says_the_defaults(tmp_path: Path) -> None:
 def test_bash_reads_the_same_values(tmp_path: Path) -> None:
     text = (ROOT / "env.example").read_text() + 'COMFYUI_ARGS="--cpu --x=${ENV}"\n'
     (tmp_path / "env").write_text(text)
-    script = f'source {ROOT}/create_env.sh; load_env {tmp_path}/env; echo "$S3_BUCKET $SQS_NAME $COMFYUI_ARGS"'
+    script = f'source {ROOT}/provision/common.sh; load_env {tmp_path}/env; echo "$S3_BUCKET $SQS_NAME $COMFYUI_ARGS"'
     bash = {"ENV": "pro", "PATH": "/usr/bin:/bin"}
     said = subprocess.run(["bash", "-c", script], env=bash, capture_output=True, text=True, check=True).stdout
     settings = load_settings(None, tmp_path / "env", bash)
@@ -131,7 +131,7 @@ def test_a_bad_line_is_refused_by_name(tmp_path: Path, line: str, said: str) -> 
 
 def test_bash_refuses_a_second_line_too(tmp_path: Path) -> None:
     (tmp_path / "env").write_text("PREFIX=a\n# PREFIX=c\nPREFIX=b\n")
-    script = f"source {ROOT}/create_env.sh; load_env {tmp_path}/env"
+    script = f"source {ROOT}/provision/common.sh; load_env {tmp_path}/env"
     ran = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
     assert ran.returncode == 1
     assert "line 3 sets PREFIX a second time: take one of the lines out" in ran.stderr

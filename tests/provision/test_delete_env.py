@@ -7,17 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from aws_fixtures import Aws, Bundle, aws, aws_server, bundle
+from aws_fixtures import Aws, Bundle
+from environment_pro import BASE_BUCKET, BUCKET, GROUP, QUEUE, TEMPLATE
 from local_cloud import ACCOUNT_ID, REGION
 from workplace import await_that
-
-__all__ = ["aws", "aws_server", "bundle"]
-
-BASE_BUCKET = f"simple-comfy-{ACCOUNT_ID}-{REGION}-base"
-BUCKET = f"simple-comfy-{ACCOUNT_ID}-{REGION}-pro"
-QUEUE = "simple-comfy-pro-queue"
-GROUP = "simple-comfy-pro-asg"
-TEMPLATE = f"{GROUP}-template"
 
 
 def tags(name: str) -> list[dict[str, str]]:
@@ -181,16 +174,14 @@ def test_files_that_s3_keeps_are_named(bundle: Bundle, aws: Aws) -> None:
     place = {"LocationConstraint": REGION}
     s3.create_bucket(Bucket=BUCKET, CreateBucketConfiguration=place, ObjectLockEnabledForBucket=True)
     s3.put_object(Bucket=BUCKET, Key="held.txt", Body=b"x", ObjectLockLegalHoldStatus="ON")
-    ran = bundle.run_function(
-        f"REFUSED=no; remove_kind bucket $'bucket\\t{BUCKET}\\tpro'; echo $REFUSED", "delete_env.sh"
-    )
+    ran = bundle.run_function(f"remove_kind bucket $'bucket\\t{BUCKET}\\tpro'; echo $REFUSED", "inventory", "removal")
     assert "not removed: S3 keeps the file held.txt" in ran.stdout
     assert ran.stdout.endswith("yes\n")
 
 
 def test_instances_that_never_end_are_not_waited_for_without_end(bundle: Bundle, aws: Aws) -> None:
     instance = run_tagged_instance(aws, template=True)
-    ran = bundle.run_function("wait_until_gone", "delete_env.sh", GONE_WAIT_SECONDS="0")
+    ran = bundle.run_function("wait_until_gone", "inventory", "removal", GONE_WAIT_SECONDS="0")
     assert ran.returncode == 0
     assert f"still ending after 0 seconds: {instance}; why is in EC2" in ran.stdout
 
@@ -262,7 +253,7 @@ def test_the_bucket_can_be_kept_and_a_dry_run_keeps_all(bundle: Bundle, aws: Aws
     assert ran.stdout.endswith(f"but its bucket {BUCKET}, which ./create_env.sh pro takes up again.\n")
     assert aws.files(BUCKET) == {"output/picture.png": "output/picture.png"}
     assert QUEUE not in aws.everything("pro")
-    assert bundle.run_function("bucket_owner").stdout == "pro"
+    assert bundle.run_function("bucket_owner", "bucket").stdout == "pro"
 
 
 def make_group(aws: Aws) -> None:
@@ -291,7 +282,7 @@ def test_draining_waits_until_what_is_there_has_been_run(bundle: Bundle, aws: Aw
     assert ran.returncode == 1
     assert f"{QUEUE} is not empty after 0 seconds and nothing was removed: run this again" in ran.stderr
     assert '"Draining"' in aws.everything("pro")[QUEUE]["attributes"]["Policy"]
-    bundle.run_function("PARTITION=aws; ensure_queues")
+    bundle.run_function("ensure_queues", "queues")
     policy = aws.everything("pro")[QUEUE]["attributes"]["Policy"]
     assert '"Draining"' not in policy
     assert '"OnlyTls"' in policy
@@ -317,10 +308,10 @@ def test_draining_waits_until_what_is_there_has_been_run(bundle: Bundle, aws: Aw
 def test_a_queue_that_is_gone_and_a_group_that_aws_removes_already_are_no_trouble(bundle: Bundle, aws: Aws) -> None:
     make_group(aws)
     line = f"queue\\t{aws.endpoint}/{ACCOUNT_ID}/{QUEUE}\\tpro"
-    ran = bundle.run_function(f"REFUSED=no; remove_kind queue $'{line}'; echo $REFUSED", "delete_env.sh")
+    ran = bundle.run_function(f"remove_kind queue $'{line}'; echo $REFUSED", "inventory", "removal")
     assert "already gone\nno\n" in ran.stdout
     path = bundle.answer_call("autoscaling describe-auto-scaling-groups", "Delete in progress")
-    ran = bundle.run_function(f"remove_group {GROUP}", "delete_env.sh", PATH=path)
+    ran = bundle.run_function(f"remove_group {GROUP}", "removal", PATH=path)
     assert (ran.returncode, ran.stdout) == (0, "AWS is removing it already")
     assert "groups" in aws.everything("pro")
 
@@ -328,8 +319,7 @@ def test_a_queue_that_is_gone_and_a_group_that_aws_removes_already_are_no_troubl
 @pytest.mark.parametrize("answer", ["", "Pro", "base"])
 def test_another_answer_removes_nothing(bundle: Bundle, aws: Aws, answer: str) -> None:
     aws.make_bucket(BUCKET, tag="pro", files=())
-    shell = f"ask <<<'{answer}'"
-    ran = bundle.run_function(shell, "delete_env.sh")
+    ran = bundle.run_function(f"KEEP_BUCKET=no; confirm <<<'{answer}'", "removal")
     assert ran.returncode == 1
     assert f"'{answer}' is not pro: nothing was removed" in ran.stderr
 

@@ -438,7 +438,7 @@ class Soak:
         self.queue_url = queue["QueueUrl"]
 
         image_id = self.ec2.create_image(InstanceId=self.cloud.make_base(base).instance_id, Name="soak")["ImageId"]
-        print_user_data = "source ./create_env.sh; ENV=soak COMFY_HOME=/home/ubuntu/comfy user_data"
+        print_user_data = "for room in common fill template; do source provision/$room.sh; done; ENV=soak COMFY_HOME=/home/ubuntu/comfy user_data"
         user_data = subprocess.run(["/bin/bash", "-c", print_user_data], cwd=base, check=True, capture_output=True)
         template = {"ImageId": image_id, "UserData": base64.b64encode(user_data.stdout).decode()}
         self.ec2.create_launch_template(LaunchTemplateName="soak", LaunchTemplateData=template)

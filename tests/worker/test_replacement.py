@@ -37,7 +37,7 @@ def test_a_fleet_at_work_moves_to_the_new_version(
     s3.create_bucket(Bucket=bucket, CreateBucketConfiguration={"LocationConstraint": REGION})
     queue_url = sqs.create_queue(QueueName=f"{prefix}-pro-queue")["QueueUrl"]
     image_id = ec2.create_image(InstanceId=cloud.make_base(base).instance_id, Name=prefix)["ImageId"]
-    print_user_data = "source ./create_env.sh; ENV=pro COMFY_HOME=/home/ubuntu/comfy user_data"
+    print_user_data = "for room in common fill template; do source provision/$room.sh; done; ENV=pro COMFY_HOME=/home/ubuntu/comfy user_data"
     user_data = subprocess.run(["/bin/bash", "-c", print_user_data], cwd=base, check=True, capture_output=True)
     data = {"ImageId": image_id, "UserData": base64.b64encode(user_data.stdout).decode()}
     ec2.create_launch_template(LaunchTemplateName=prefix, LaunchTemplateData=data)
