@@ -23,4 +23,4 @@ fi
 [[ $jobs =~ ^[1-9][0-9]{0,2}$ && $# -le 1 ]] || die "unknown argument '$*': give a number of jobs from 1 to 999, see --help"
 
 prepare_venv "$ROOT"
-exec python "$ROOT/tests/demo.py" "$jobs"
+exec python "$ROOT/tests/demo/demo.py" "$jobs"

@@ -35,6 +35,6 @@ prepare_venv() {
     printf '%s\n' "$stamp" >"$venv/stamp"
   fi
   exec {lock}>&-
-  PATH=$root/tests/bin:$venv/bin:$PATH
+  PATH=$root/tests/cloud/bin:$venv/bin:$PATH
   export PATH
 }

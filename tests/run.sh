@@ -21,10 +21,10 @@ cd "$ROOT"
 # Whatever a test forgets to set, nothing may ever reach a real AWS address.
 export AWS_ENDPOINT_URL=http://127.0.0.1:9 AWS_EC2_METADATA_SERVICE_ENDPOINT=http://127.0.0.1:9
 
-scripts=(create_env.sh delete_env.sh start_service.sh .ci/run tests/*.sh tests/bin/*)
+scripts=(create_env.sh delete_env.sh start_service.sh .ci/run tests/*.sh tests/cloud/bin/*)
 shellcheck --external-sources "${scripts[@]}"
 shfmt -i 2 -ci -bn -d "${scripts[@]}"
 ruff check --quiet .
 ruff format --quiet --check .
-mypy ./*.py tests/*.py
+mypy ./*.py tests
 exec pytest --numprocesses 5 --dist worksteal --quiet "$@"

@@ -8,7 +8,7 @@
 #
 # JOBS is 300 and SEED 1 where not given; the same seed gives the same jobs and the same faults.
 # Exits with 0 when nothing was lost, falsely called done, changed or run twice without a reason.
-# What each line of the printed table means is said at the top of tests/soak.py.
+# What each line of the printed table means is said at the top of tests/soak/soak.py.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -29,7 +29,7 @@ main() {
   done
   ((10#${1:-300} >= 10)) || die "JOBS=$1 is too few: 10 or more"
   prepare_venv "$ROOT"
-  exec python "$ROOT/tests/soak.py" "${1:-300}" "${2:-1}"
+  exec python "$ROOT/tests/soak/soak.py" "${1:-300}" "${2:-1}"
 }
 
 main "$@"

@@ -1,0 +1,25 @@
+"""bench_worker.py runs, looks for every file and receipt, and prints its table."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+from places import TESTS
+from workplace import LIMIT_S
+
+
+def test_the_table_has_a_row_for_each_distance() -> None:
+    ran = subprocess.run(
+        [sys.executable, TESTS / "bench/bench_worker.py", "--only", "0", "--scale", "0.03", "--memory", "20"],
+        capture_output=True,
+        text=True,
+        timeout=3 * LIMIT_S,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert re.search(r"first receive: \d+ ms", ran.stdout)
+    rows = re.findall(r"^ +0 ms +6 +(\d+) ms .* s +([\d.]+) +[\d.]+ ", ran.stdout, re.MULTILINE)
+    assert [row[0] for row in rows] == ["0", "5", "25"], ran.stdout
+    assert len(re.findall(r"^ +\d+ +[\d.]+ MB$", ran.stdout, re.MULTILINE)) == 20
