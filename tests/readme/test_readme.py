@@ -282,6 +282,14 @@ def test_every_page_is_linked_from_its_readme(readme: Path) -> None:
     assert named == pages
 
 
+@pytest.mark.parametrize("english", [path for path in TWINS if path != README], ids=lambda path: path.name)
+def test_every_page_leads_home_and_to_its_twin(english: Path) -> None:
+    home, chinese = links(english)[:2]
+    assert (target(english, home), target(english, chinese)) == (README, TWINS[english])
+    home, back = links(TWINS[english])[:2]
+    assert (target(TWINS[english], home), target(TWINS[english], back)) == (CHINESE, english)
+
+
 # --- The Chinese pages -----------------------------------------------------------------------------------
 
 
