@@ -22,7 +22,7 @@ import boto3
 import pytest
 from places import CLOUD, ROOT, copy_scripts
 
-from parse_job import finish_boot_report
+from worker.reports import finish_boot_report
 
 PATIENCE_SECONDS = 30.0
 INSTANCE_STORE = "Amazon EC2 NVMe Instance Storage"

@@ -16,7 +16,7 @@ import pytest
 from places import ROOT
 
 import send_job
-from parse_job import post_result
+from worker.web import post_result
 
 README = (ROOT / "README.md").read_text()
 CHINESE = (ROOT / "README.zh.md").read_text()

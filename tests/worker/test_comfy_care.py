@@ -97,7 +97,8 @@ def test_a_job_outlives_its_socket(busy_site: Site) -> None:
 
 def test_a_comfyui_that_is_only_slow_does_not_lose_its_job(make_site: Callable[..., Site]) -> None:
     site = make_site()
-    comfyui = start(site)
+    comfyui = site.start_comfyui()
+    site.start_worker()
     job_id = site.send(image_workflow(3))
     await_that("the job runs", lambda: site.runs(job_id))
     os.kill(comfyui.pid, 19)  # SIGSTOP: connections are taken, nothing is answered
@@ -109,7 +110,8 @@ def test_a_comfyui_that_is_only_slow_does_not_lose_its_job(make_site: Callable[.
 
 def test_comfyui_dies_and_the_job_is_run_again(make_site: Callable[..., Site]) -> None:
     site = make_site()
-    comfyui = start(site)
+    comfyui = site.start_comfyui()
+    site.start_worker()
     early = {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "early"}}
     job_id = site.send(image_workflow(4, {"4": early}))
     saved = site.folder / "job-output" / job_id / "early_00001_.png"
@@ -127,7 +129,8 @@ def test_comfyui_dies_and_the_job_is_run_again(make_site: Callable[..., Site]) -
 
 def test_comfyui_dies_with_two_jobs_and_that_counts_once(fleet: Fleet) -> None:
     site, machine = fleet
-    comfyui = start(site)
+    comfyui = site.start_comfyui()
+    site.start_worker()
     first, second = fetch_one_ahead(site, 15)
     comfyui.kill()
     comfyui.wait()

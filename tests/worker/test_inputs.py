@@ -16,6 +16,7 @@ from workshop import start
 
 from comfy_utils import JobStoppedError, new_job_id
 from worker.errors import PutBackError
+from worker.inputs import use_inputs
 from worker.retry import within
 
 
@@ -136,6 +137,19 @@ def test_an_input_that_no_node_uses_is_refused(input_site: tuple[Site, FileServe
     result = site.await_result(site.send(body))
     assert result["error"]["message"].startswith("inputs has 'photo.png', but no node has an input of that value")
     assert "/unused" not in server.asked
+
+
+def test_the_workflow_gets_the_names_that_its_inputs_have_here() -> None:
+    workflow = {
+        "1": workflow_of("photo.png")["1"],
+        "2": {"class_type": "X", "inputs": {"a": ["1", 0], "b": "photo.png2", "c": 1}},
+    }
+    changed = use_inputs(workflow, {"photo.png": "jobs/x/photo.png"})
+    assert changed["1"]["inputs"]["image"] == "jobs/x/photo.png"
+    assert changed["2"] == workflow["2"]
+    assert workflow["1"]["inputs"]["image"] == "photo.png", "the original is left alone"
+    with pytest.raises(InvalidWorkflowError, match="no node has an input of that value"):
+        use_inputs(workflow, {"photo.png": "a", "foto.png": "b"})
 
 
 def test_an_input_that_never_ends_is_put_back() -> None:

@@ -95,7 +95,7 @@ def test_a_name_that_resolves_anew_leads_nowhere(monkeypatch: pytest.MonkeyPatch
 
     class Handler(BaseHTTPRequestHandler):
         def handle(self) -> None:
-            if self.rfile.peek(1):
+            if self.connection.recv(1):
                 asked.append("something")
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)

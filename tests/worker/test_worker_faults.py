@@ -55,13 +55,13 @@ def test_a_refused_call_names_the_permission_and_does_not_spin(
     site = make_site()
     site.start_comfyui()
     calls.next(operation, Fault(403, "AccessDenied"), times=1000)
-    calls = calls.count(operation)
+    more = calls.count(operation)
     site.start_worker()
     site.send(image_workflow())
     await_that("the permission is named", lambda: f"this instance's role needs {permission})" in site.log())
-    started, before = time.monotonic(), calls()
+    started, before = time.monotonic(), more()
     await_that("some seconds pass", lambda: time.monotonic() > started + 3)
-    assert calls() - before < 10, "it waits between its tries"
+    assert more() - before < 10, "it waits between its tries"
 
 
 def test_only_aws_refusals_ask_for_permissions() -> None:
