@@ -14,7 +14,7 @@ from local_cloud import LocalCloud
 from workplace import LIMIT_S, Site, await_that, image_workflow
 from workshop import start
 
-from comfy_utils import JobStoppedError, new_job_id
+from comfy_utils import InvalidWorkflowError, JobStoppedError, new_job_id
 from worker.errors import PutBackError
 from worker.inputs import use_inputs
 from worker.retry import within
