@@ -11,6 +11,8 @@ import pytest
 from local_cloud import LocalCloud, Machine
 from workplace import Sample, Site, await_that, group_of
 
+import comfy_utils
+
 # Nothing may ever reach a real AWS address, whatever a test forgets to set.
 for _name in ("AWS_ENDPOINT_URL", "AWS_EC2_METADATA_SERVICE_ENDPOINT"):
     os.environ[_name] = "http://127.0.0.1:9"
@@ -75,6 +77,26 @@ def make_site(cloud: LocalCloud, tmp_path: Path) -> Iterator[Callable[..., Site]
     yield make
     for site in sites:
         site.end()
+
+
+@pytest.fixture
+def ours(monkeypatch: pytest.MonkeyPatch) -> Callable[[Site], None]:
+    """Gives this process a site's settings."""
+
+    def become(site: Site) -> None:
+        for name, value in site.environment().items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(comfy_utils, "HERE", site.folder)
+
+    return become
+
+
+@pytest.fixture
+def sender_site(make_site: Callable[..., Site], ours: Callable[[Site], None]) -> Site:
+    """A site whose settings this process has, too."""
+    site = make_site()
+    ours(site)
+    return site
 
 
 @pytest.fixture(scope="module")

@@ -26,5 +26,5 @@ shellcheck --external-sources "${scripts[@]}"
 shfmt -i 2 -ci -bn -d "${scripts[@]}"
 ruff check --quiet .
 ruff format --quiet --check .
-mypy ./*.py tests
+mypy ./*.py operate tests
 exec pytest --numprocesses 5 --dist worksteal --quiet "$@"

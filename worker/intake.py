@@ -127,13 +127,13 @@ class Intake:
         """Receive, and begin with each message; returns how many came."""
         messages = self.queue.receive(most, wait_s)
         leases = [Lease(self.queue, message, self.settings.visibility_timeout_s) for message in messages]
+        with self.in_hand.changed:
+            self._waiting -= len(leases) * (self._others + 1)  # they, too, take one after the other
+            self._glance_due = self._glance_due or (bool(leases) and self._waiting <= 0)
         # What was given back before may be a job that kills ComfyUI, and all that stand behind it.
         for lease in sorted(leases, key=lambda lease: lease.attempt):
             self.in_hand.take(lease)
             threading.Thread(target=self.process, args=(lease,), name=lease.message_id, daemon=True).start()
-            self._waiting -= self._others + 1  # they, too, take one after the other
-        if leases:
-            self._glance_due = self._waiting <= 0
         return len(leases)
 
     def _glance(self) -> None:

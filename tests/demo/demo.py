@@ -24,8 +24,8 @@ sys.path.extend(map(str, (Path(__file__).resolve().parents[2], Path(__file__).re
 from local_cloud import ACCOUNT_ID, REGION, LocalCloud, Machine
 from places import ROOT, TESTS, copy_comfyui, copy_scripts
 
-import send_job
 from comfy_utils import load_settings
+from operate.report import read_lives, write_report
 
 OUTPUT = Path(os.environ.get("DEMO_FOLDER", ROOT)) / "demo-output"
 BACKLOG = 3  # env.example's BACKLOGSIZE_PER_INSTANCE
@@ -240,16 +240,16 @@ def save_images(s3: Any, results: dict[str, dict[str, Any]]) -> int:
 
 
 def draw_page(cloud: LocalCloud, base: Path, results: dict[str, dict[str, Any]], ready: dict[str, float]) -> None:
-    """What `send_job.py --report` draws, with what only we know: since when each instance was ready."""
+    """What `fleet.py report` draws, with what only we know: since when each instance was ready."""
     settings = load_settings("pro", base / "env")
     s3 = cloud.client("s3")
-    lives = send_job.read_lives(s3, cloud.client("autoscaling"), settings, list(ready))
+    lives = read_lives(s3, cloud.client("autoscaling"), settings, list(ready))
     lives = {instance_id: life._replace(ready=ready[instance_id]) for instance_id, life in lives.items()}
     note = (
         "A rehearsal on one machine: AWS is played there, so nothing was paid; the price is that of real instances."
     )
     page, title = OUTPUT / "report.html", "Rehearsal of environment pro"
-    send_job.write_report(s3, settings.s3_bucket, title, list(results.values()), lives, page, note)
+    write_report(s3, settings.s3_bucket, title, list(results.values()), lives, page, note)
 
 
 def what_is_left(cloud: LocalCloud, fleet: list[str]) -> list[str]:

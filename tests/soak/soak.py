@@ -83,6 +83,7 @@ AWS_ERROR_SHARE = 0.05
 SPOT_NOTICE_S = 7.0  # two minutes in real life
 OUTAGE_S = 3.0
 FREEZE_S = 10.0  # longer than the lease
+STOPPING_S = 0.5  # what a receive brings that was under way when the worker was stopped is taken away from it, too
 NEVER = float("inf")
 SETTINGS = f"""
 VISIBILITY_TIMEOUT=8
@@ -546,6 +547,7 @@ class Soak:
             worker.kill()
         elif fault.kind == "worker stopped":
             worker.terminate()
+            return now + STOPPING_S
         elif fault.kind == "ComfyUI killed":
             comfyui.kill()
         elif fault.kind == "ComfyUI paused":
