@@ -29,7 +29,8 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from comfy_utils import QueueDepth, desired_capacity
-from parse_job import LOOK_S, POLL_S, QueueHistory, leaving_turn, long_jobs, may_leave
+from worker.group import POLL_S
+from worker.scaling import LOOK_S, QueueHistory, leaving_turn, long_jobs, may_leave
 
 MAX_INSTANCES = 20
 BACKLOG, COOLDOWN_S = 3, 180.0  # BACKLOGSIZE_PER_INSTANCE and SCALE_COOLDOWN

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from local_cloud import LocalCloud
 from places import CLOUD, ROOT
 from workplace import Site, await_that, image_workflow
 
@@ -22,8 +21,6 @@ from comfy_utils import (
     Job,
     JobStoppedError,
     JobTimeoutError,
-    Metadata,
-    MetadataError,
     NothingToRunError,
     QueueDepth,
     SettingsError,
@@ -36,7 +33,6 @@ from comfy_utils import (
     outputs_of,
     own_outputs,
     parse_message,
-    use_inputs,
 )
 
 RECORDINGS = json.loads((CLOUD / "recordings.json").read_text())
@@ -247,16 +243,6 @@ def test_other_inputs_are_refused(inputs: object, said: str) -> None:
 def test_a_command_has_no_inputs() -> None:
     with pytest.raises(InvalidMessageError, match="for workflows only"):
         parse_message('{"exec_cmd": "ls", "inputs": {"x": "https://x"}}', MESSAGE_ID)
-
-
-def test_the_workflow_gets_the_names_that_its_inputs_have_here() -> None:
-    workflow = {"1": LOADS["1"], "2": {"class_type": "X", "inputs": {"a": ["1", 0], "b": "photo.png2", "c": 1}}}
-    changed = use_inputs(workflow, {"photo.png": "jobs/x/photo.png"})
-    assert changed["1"]["inputs"]["image"] == "jobs/x/photo.png"
-    assert changed["2"] == workflow["2"]
-    assert workflow["1"]["inputs"]["image"] == "photo.png", "the original is left alone"
-    with pytest.raises(InvalidWorkflowError, match="no node has an input of that value"):
-        use_inputs(workflow, {"photo.png": "a", "foto.png": "b"})
 
 
 def event(key: object = "input/jobs/x.json", name: str = "ObjectCreated:Put", sequencer: str = "0055AED6") -> Any:
@@ -482,23 +468,7 @@ def test_a_stopped_job_does_not_go_on(comfy: ComfyUI, busy_site: Site, how: str)
     assert busy_site.runs(job_id, "success") == 0
 
 
-# --- Instance metadata -----------------------------------------------------------------------------------
-
-
-def test_metadata_is_read_by_imdsv2(cloud: LocalCloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = cloud.make_base(tmp_path)
-    monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", machine.metadata_endpoint)
-    assert Metadata().get("instance-id") == machine.instance_id
-    assert Metadata().get("spot/instance-action") is None
-    metadata = Metadata()
-    metadata._token = "expired"
-    assert metadata.get("instance-id") == machine.instance_id
-
-
-def test_no_metadata_service_is_an_error_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_EC2_METADATA_SERVICE_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(MetadataError):
-        Metadata().get("instance-id")
+# --- Imports ---------------------------------------------------------------------------------------------
 
 
 def test_importing_brings_no_aws() -> None:

@@ -31,7 +31,7 @@ def test_a_fleet_at_work_moves_to_the_new_version(
     make_base_folder(base)
     replace(base / "env", "PREFIX=simple-comfy", f"PREFIX={prefix}")
     replace(base / "env", "SCALE_COOLDOWN=5", "SCALE_COOLDOWN=4")
-    replace(base / "parse_job.py", "READY_S = 150", "READY_S = 2")
+    replace(base / "worker/scaling.py", "READY_S = 150", "READY_S = 2")
     ec2, autoscaling, sqs, s3 = (cloud.client(name) for name in ("ec2", "autoscaling", "sqs", "s3"))
     bucket = f"{prefix}-{ACCOUNT_ID}-{REGION}-pro"
     s3.create_bucket(Bucket=bucket, CreateBucketConfiguration={"LocationConstraint": REGION})

@@ -1,0 +1,110 @@
+"""Leases: who holds a message, who lost it, and who takes it over."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+
+import pytest
+from local_cloud import Fault
+from workplace import Site, await_that, image_workflow
+from workshop import Calls
+
+from comfy_utils import new_job_id
+from worker import lease
+
+
+def test_a_long_job_is_held_and_not_run_twice(make_site: Callable[..., Site]) -> None:
+    site = make_site(VISIBILITY_TIMEOUT="3")
+    site.start_comfyui()
+    job_id = site.send(image_workflow(8))
+    for _ in range(2):
+        site.start_worker()
+    result = site.await_result(job_id)
+    assert (result["status"], result["attempt"]) == ("succeeded", 1)
+    assert site.runs(job_id) == 1
+    site.await_empty_queue()
+    assert "attempt 2" not in site.log()
+
+
+def test_a_killed_workers_job_is_adopted(make_site: Callable[..., Site]) -> None:
+    site = make_site(VISIBILITY_TIMEOUT="3")
+    site.start_comfyui()
+    worker = site.start_worker()
+    job_id = site.send(image_workflow(6))
+    await_that("the job runs", lambda: site.runs(job_id))
+    os.killpg(worker.pid, signal.SIGKILL)
+    worker.wait()
+    site.start_worker()
+    result = site.await_result(job_id)
+    assert (result["status"], result["attempt"]) == ("succeeded", 2)
+    assert site.runs(job_id) == 1
+
+
+def test_the_same_message_at_two_instances_gives_one_receipt(make_site: Callable[..., Site]) -> None:
+    first, second = make_site(), make_site()
+    for setting in ("prefix", "env"):  # the second instance joins the first one's environment
+        setattr(second, setting, getattr(first, setting))
+    text = (first.folder / "env").read_text().replace(str(first.port), str(second.port))
+    (second.folder / "env").write_text(text)
+    for site in (first, second):
+        site.start_comfyui()
+        site.start_worker()
+    await_that("both work", lambda: all("takes jobs from" in site.log() for site in (first, second)))
+    job_id = new_job_id()
+    for _ in range(2):
+        first.send({"prompt": image_workflow(2), "job_id": job_id})
+    receipt = first.await_result(job_id)
+    first.await_empty_queue()
+    assert first.result(job_id) == receipt
+    assert "stored its result first" in first.log() + second.log()
+
+
+def test_a_lost_lease_keeps_the_result_and_leaves_the_message(make_site: Callable[..., Site], calls: Calls) -> None:
+    site = make_site(VISIBILITY_TIMEOUT="6")
+    site.start_comfyui()
+    calls.next("ChangeMessageVisibility", Fault(400, "InvalidParameterValue"), times=1)
+    deletes = calls.count("DeleteMessageBatch")
+    site.start_worker()
+    job_id = site.send(image_workflow(3))
+    assert site.await_result(job_id)["attempt"] == 1
+    await_that("the message came again and was deleted", deletes)  # moto's counts may both be 0 as a lease ends
+    site.await_empty_queue()
+    assert "its lease was lost" in site.log()
+    assert deletes() == 1, "the message was deleted only by the receive that owned it"
+    assert site.runs(job_id) == 1
+
+
+def test_a_lease_that_cannot_be_extended_at_first_is_tried_again(
+    make_site: Callable[..., Site], calls: Calls
+) -> None:
+    site = make_site(VISIBILITY_TIMEOUT="9")
+    site.start_comfyui()
+    calls.next("ChangeMessageVisibility", Fault(403, "AccessDenied"), times=3)
+    for _ in range(2):
+        site.start_worker()
+    job_id = site.send(image_workflow(12))
+    assert site.await_result(job_id)["attempt"] == 1
+    site.await_empty_queue()
+    assert "Extending the lease again" in site.log()
+    assert "attempt 2" not in site.log()
+
+
+def test_a_lease_never_asks_for_more_than_twelve_hours(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    class Queue:
+        def hide(self, _: str, seconds: int) -> None:
+            asked.append(seconds)
+
+    monkeypatch.setattr(lease, "RECEIVE_LIMIT_S", 4)
+    message = {
+        "MessageId": "m",
+        "ReceiptHandle": "r",
+        "Attributes": {"ApproximateReceiveCount": "1", "SentTimestamp": "0"},
+    }
+    held = lease.Lease(Queue(), message, 3)  # type: ignore[arg-type]
+    await_that("three extensions", lambda: len(asked) >= 3)
+    held.end()
+    assert asked[:3] == [1, 0, 0]

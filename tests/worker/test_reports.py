@@ -1,0 +1,117 @@
+"""What an instance tells of itself: worker.json, its logs, and what its ComfyUI can do."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from workplace import LIMIT_S, Site, await_that, image_workflow
+from workshop import Calls, make_worker, start
+
+from comfy_utils import new_job_id
+from worker.progress import Progress
+
+
+def test_worker_json_tells_what_the_worker_does(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = make_site()
+    worker = make_worker(site, monkeypatch)
+    in_hand = worker.in_hand
+
+    def tell() -> bool:
+        return worker.reports.tell_of_jobs(in_hand.board())
+
+    def told() -> list[dict[str, Any]]:
+        body = site.s3.get_object(Bucket=site.bucket, Key=f"output/{worker.instance_id}/worker.json")["Body"].read()
+        news: dict[str, Any] = json.loads(body)
+        assert news.keys() == {"instance_id", "instance_type", "jobs", "updated_at"}
+        return list(news["jobs"])
+
+    assert tell()
+    assert told() == [], "idle, and that is said as well"
+    job_id = new_job_id()
+    with in_hand.running(job_id, worker.orders.should_stop, alone=False):
+        assert not tell(), "it may stand behind another one"
+        in_hand.note_running(job_id)
+        assert tell()
+        assert not tell(), "there is nothing new"
+        (begun,) = told()
+        assert begun.keys() == {"job_id", "since"}
+        progress = Progress({"7": {"class_type": "KSampler", "inputs": {}}}, job_id, worker.instance_id)
+        progress.note({"type": "progress", "data": {"node": "7", "value": 3, "max": 20}})
+        worker.jobs._tell(progress)
+        assert tell()
+        assert told() == [begun | {"job_id": job_id, "node_title": "KSampler", "value": 3, "max": 20}]
+    assert tell()
+    assert told() == []
+
+
+def test_a_log_is_uploaded_only_when_it_has_changed(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch, calls: Calls
+) -> None:
+    site = make_site()
+    worker = make_worker(site, monkeypatch)
+    log = site.folder / "logs/parse_job.log"
+    log.write_text("one\n")
+    puts = calls.count("PUT")
+    for _ in range(2):
+        worker.reports.upload_logs()
+    assert puts() == 1
+    with log.open("a") as file:
+        file.write("two\n")
+    worker.reports.upload_logs()
+    assert puts() == 2
+
+
+def test_an_unwritable_log_folder_does_not_stop_jobs(make_site: Callable[..., Site]) -> None:
+    site = make_site()
+    (site.folder / "logs").rmdir()
+    (site.folder / "logs").write_text("in the way")
+    start(site)
+    assert site.await_result(site.send(image_workflow()))["status"] == "succeeded"
+
+
+def test_a_full_disk_does_not_stop_jobs(make_site: Callable[..., Site]) -> None:
+    site = make_site()
+    (site.folder / "logs/parse_job.log").symlink_to("/dev/full")
+    start(site)
+    assert site.await_result(site.send(image_workflow()))["status"] == "succeeded"
+
+
+def test_the_fleets_object_info_is_stored_when_it_has_changed(make_site: Callable[..., Site]) -> None:
+    site = make_site()
+    place = {"Bucket": site.bucket, "Key": "output/object_info.json.gz"}
+
+    def stored_at() -> Any:
+        return site.keys(place["Key"]) and site.s3.head_object(**place)["LastModified"]
+
+    site.start_comfyui()
+    first = site.start_worker()
+    await_that("it is stored", stored_at)
+    described = json.loads(gzip.decompress(site.s3.get_object(**place)["Body"].read()))
+    assert described["KSampler"]["input"]["required"]["steps"][0] == "INT"
+    first.terminate()
+    first.wait(LIMIT_S)
+
+    # Stored again it would lose the mark.
+    site.s3.copy_object(
+        **place,
+        CopySource=place,
+        Metadata=site.s3.head_object(**place)["Metadata"] | {"mark": "x"},
+        MetadataDirective="REPLACE",
+    )
+    second = site.start_worker()
+    await_that("it was looked at", lambda: "knows what ComfyUI can do" in site.log())
+    assert site.s3.head_object(**place)["Metadata"]["mark"] == "x"
+    second.terminate()
+    second.wait(LIMIT_S)
+
+    (site.folder / "ComfyUI/models/checkpoints/new.safetensors").touch()
+    site.start_worker()
+    await_that("it is stored again", lambda: "mark" not in site.s3.head_object(**place)["Metadata"])
+    body = site.s3.get_object(**place)["Body"].read()
+    assert b"new.safetensors" in gzip.decompress(body)

@@ -1,0 +1,145 @@
+"""What is left of a job: its files in S3, its receipt, its progress."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from workplace import LIMIT_S, Site, await_that, image_workflow
+from workshop import Calls, make_worker, start, started_and_ended
+
+from comfy_utils import OutputFile, new_job_id
+
+
+def test_the_first_result_stands(make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch) -> None:
+    site = make_site()
+    worker = make_worker(site, monkeypatch)
+    first = {"job_id": new_job_id(), "status": "succeeded"}
+    assert worker.results.store(first) == first
+    second = {**first, "status": "failed"}
+    assert worker.results.store(second) == first
+    assert site.result(first["job_id"]) == first
+
+
+def test_a_named_file_that_is_gone_is_no_success(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = make_worker(make_site(), monkeypatch)
+    outputs, missing = worker.results.store_files(
+        new_job_id(), [OutputFile("9", "images", "gone.png", "x", "output")]
+    )
+    assert outputs == []
+    assert missing == ["node 9: its file x/gone.png is not there"]
+
+
+@pytest.mark.parametrize("subfolder", ["../..", "/etc", "a/../../.."])
+def test_a_file_outside_comfyuis_folders_is_never_read(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch, subfolder: str
+) -> None:
+    worker = make_worker(make_site(), monkeypatch)
+    assert worker.results.local_path(OutputFile("9", "images", "passwd", subfolder, "output")) is None
+    assert worker.results.local_path(OutputFile("9", "images", "x", "", "input")) is None
+
+
+def test_files_without_an_entry_in_the_history_are_stored(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = make_site()
+    worker = make_worker(site, monkeypatch)
+    job_id = new_job_id()
+    folder = site.folder / "job-output" / job_id / "loras"
+    folder.mkdir(parents=True)
+    (folder / "x.safetensors").write_bytes(b"weights")
+    outputs, _ = worker.results.store_files(job_id, [])
+    assert [(output["node_id"], output["s3_key"]) for output in outputs] == [
+        (None, f"output/{job_id}/loras/x.safetensors")
+    ]
+    assert site.keys(f"output/{job_id}/") == [f"output/{job_id}/loras/x.safetensors"]
+
+
+def test_files_are_uploaded_side_by_side_and_named_in_order(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = make_site()
+    worker = make_worker(site, monkeypatch)
+    job_id = new_job_id()
+    folder = site.folder / "job-output" / job_id
+    folder.mkdir(parents=True)
+    named = [OutputFile("9", "images", f"{number}.png", job_id, "output") for number in range(4)]
+    for file in named:
+        (folder / file.filename).write_text(file.filename)
+    together = threading.Barrier(4)  # opens only when all four are under way
+    put = worker.results.bucket.s3.put_object
+
+    def put_object(**arguments: Any) -> Any:
+        together.wait(LIMIT_S)
+        return put(**arguments)
+
+    monkeypatch.setattr(worker.results.bucket.s3, "put_object", put_object)
+    outputs, _ = worker.results.store_files(job_id, named)
+    assert [output["s3_key"] for output in outputs] == [f"output/{job_id}/{number}.png" for number in range(4)]
+    assert len(site.keys(f"output/{job_id}/")) == 4
+
+
+def test_a_file_that_mountpoint_has_written_costs_one_head(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch, calls: Calls
+) -> None:
+    site = make_site(ENV="base")
+    worker = make_worker(site, monkeypatch)
+    job_id = new_job_id()
+    path = site.folder / "ComfyUI/output" / job_id / "x.png"
+    path.parent.mkdir()
+    path.write_bytes(b"a picture")
+    site.s3.put_object(Bucket=site.bucket, Key=f"output/{job_id}/x.png", Body=b"a picture")
+    heads, puts, gets = (calls.count(method) for method in ("HEAD", "PUT", "GET"))
+    outputs, _ = worker.results.store_files(job_id, [])
+    assert [output["s3_key"] for output in outputs] == [f"output/{job_id}/x.png"]
+    assert (heads(), puts(), gets()) == (1, 0, 0)
+    path.write_bytes(b"another one")
+    worker.results.store_files(job_id, [])
+    assert puts() == 1, "another size"
+
+
+def test_a_large_file_never_lies_in_memory(make_site: Callable[..., Site]) -> None:
+    site = make_site()
+    site.start_comfyui()
+    worker = site.start_worker()
+    site.await_result(site.send(image_workflow()))
+    before = peak_mb(worker.pid)
+    job_id = site.send(image_workflow(2))
+    await_that("the job runs", lambda: site.runs(job_id))
+    video = site.folder / "job-output" / job_id / "video.mp4"
+    video.parent.mkdir(exist_ok=True)
+    with video.open("wb") as file:
+        file.truncate(300 * 2**20)
+    result = site.await_result(job_id)
+    size = site.s3.head_object(Bucket=site.bucket, Key=f"output/{job_id}/video.mp4")
+    assert size["ContentLength"] == 300 * 2**20
+    assert size["ETag"].strip('"').endswith("-38"), "in parts of 8 MB"
+    assert len(result["outputs"]) == 2
+    assert peak_mb(worker.pid) - before < 120
+
+
+def peak_mb(pid: int) -> float:
+    """The most memory a process has used."""
+    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) / 1024
+
+
+def test_progress_says_how_long_such_a_job_ran_before(make_site: Callable[..., Site]) -> None:
+    site = make_site()
+    start(site)
+    first = site.send(image_workflow(1))
+    ran_s = site.await_result(first)["timings"]["run_s"]
+    second = site.send(image_workflow(20))
+    key = f"output/{second}/progress.json"
+    await_that("it tells of itself", lambda: site.keys(key))
+    news = json.loads(site.s3.get_object(Bucket=site.bucket, Key=key)["Body"].read())
+    assert 1 <= news["usual_run_s"] <= ran_s + 0.1, "the receipt's figure has the upload in it"
+    started_at = datetime.fromisoformat(news["started_at"]).timestamp()
+    assert started_at == pytest.approx(started_and_ended(site, second)[0], abs=10)

@@ -1,0 +1,84 @@
+"""systemd hears that a worker lives, until one of its threads hangs."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from workplace import LIMIT_S, Site, await_that
+from workshop import make_worker
+
+from worker import watchdog
+from worker.orders import Orders
+from worker.watchdog import TURN_LIMIT_S, Watchdog
+
+
+@pytest.fixture
+def systemd(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[socket.socket]:
+    """What the worker notifies."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(LIMIT_S)
+        monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+        yield systemd
+
+
+def test_systemd_hears_that_the_worker_lives_until_its_intake_hangs(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch, systemd: socket.socket
+) -> None:
+    worker = make_worker(make_site(), monkeypatch)
+    hang = threading.Event()
+
+    def take_nothing() -> None:
+        with worker.watchdog.watched():
+            hang.wait()
+
+    intake = threading.Thread(target=take_nothing, daemon=True)
+    intake.start()
+    watch = threading.Thread(target=worker.watch, args=(intake,), daemon=True)
+    watch.start()
+    assert systemd.recv(100) == b"WATCHDOG=1"
+    monkeypatch.setattr(watchdog, "TURN_LIMIT_S", 0.1)
+    systemd.settimeout(2)
+    await_that("it hears no more", lambda: not hears(systemd))
+    hang.set()
+    watch.join(LIMIT_S)
+
+
+def test_one_thread_that_hangs_is_enough(systemd: socket.socket) -> None:
+    dog = Watchdog()
+    orders = Orders(3, dog)
+    systemd.settimeout(0.2)
+    hang, is_watched = threading.Event(), threading.Event()
+
+    def be_watched() -> None:
+        with dog.watched():
+            is_watched.set()
+            hang.wait()
+
+    other = threading.Thread(target=be_watched, daemon=True)
+    other.start()
+    assert is_watched.wait(LIMIT_S)
+    with dog.watched():
+        dog.tell_systemd()
+        assert hears(systemd)
+        for thread in (threading.current_thread(), other):
+            dog._turned_at[thread.ident or 0] -= TURN_LIMIT_S + 1
+        orders.should_stop()  # asked all the time: this thread turns, the other does not
+        dog.tell_systemd()
+        assert not hears(systemd)
+        hang.set()
+        other.join(LIMIT_S)
+        dog.tell_systemd()
+        assert hears(systemd), "who is no longer under watch does not hang"
+
+
+def hears(systemd: socket.socket) -> bool:
+    """Whether a notification comes in time."""
+    try:
+        return bool(systemd.recv(100))
+    except TimeoutError:
+        return False
