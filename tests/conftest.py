@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from local_cloud import LocalCloud, Machine
 from workplace import Sample, Site, await_that, group_of
+from workshop import Calls
 
 import comfy_utils
 
@@ -140,3 +141,11 @@ def fleet(cloud: LocalCloud, make_site: Callable[..., Site]) -> tuple[Site, Mach
     machine: Machine = await_that("the machine is there", lambda: cloud.machines.get(instance_id))
     site.metadata_endpoint = machine.metadata_endpoint
     return site, machine
+
+
+@pytest.fixture
+def calls(cloud: LocalCloud, monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """Every call of this test to the local cloud, one of which may be answered with a fault."""
+    calls = Calls()
+    monkeypatch.setattr(cloud, "fault", calls)
+    return calls
