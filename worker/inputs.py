@@ -98,7 +98,8 @@ class Inputs:
         found = self._bucket.open(key)
         if found is None:
             raise InvalidWorkflowError(f"the input {name} is not there: {address:.200}")
-        with found[0] as body:
+        body, _ = found
+        with body:
             yield body.iter_chunks(1 << 16)
 
     def is_cancelled(self, job_id: str) -> bool:
