@@ -153,8 +153,11 @@ class Site:
         return result
 
     def await_result(self, job_id: str) -> dict[str, Any]:
-        """Wait for the job's result."""
-        result: dict[str, Any] = await_that(f"result of {job_id}", lambda: self.result(job_id))
+        """Wait for the job's result. Where none comes, what the workers have said is shown."""
+        try:
+            result: dict[str, Any] = await_that(f"result of {job_id}", lambda: self.result(job_id))
+        except AssertionError as error:
+            raise AssertionError(f"{error}; the queue has {self.depth()}; the workers said\n{self.log()}") from error
         return result
 
     def depth(self, url: str | None = None) -> tuple[int, int]:
