@@ -49,7 +49,7 @@ def opened_by(path: Path) -> set[str]:
     text = path.read_text()
     if path.suffix == ".sh":
         found = {
-            match[1] for match in re.finditer(r"^\s*(?:source|\.) .*?\b((?:provision/)?\S+)\.sh", text, re.MULTILINE)
+            match[1] for match in re.finditer(r"^\s*(?:source|\.) .*?((?:provision/)?\$?\w+)\.sh", text, re.MULTILINE)
         }
     else:
         found = set()
