@@ -17,7 +17,7 @@ import pytest
 from places import ROOT
 
 import send_job
-from parse_job import post_result
+from worker.web import post_result
 
 README, CHINESE = ROOT / "README.md", ROOT / "README.zh.md"
 TWINS = {page: ROOT / "docs/zh" / page.name for page in sorted(ROOT.glob("docs/*.md"))} | {README: CHINESE}
