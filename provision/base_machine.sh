@@ -10,7 +10,7 @@ COMFYUI_ANSWERS=no # check_here: yes
 find_instance_id() {
   local answer
   answer=$(cd "$HERE" && PYTHONDONTWRITEBYTECODE=1 python3 -c \
-    'from comfy_utils import Metadata; print(Metadata().get("instance-id"))' 2>&1) \
+    'from worker.metadata import Metadata; print(Metadata().get("instance-id"))' 2>&1) \
     || die "this is not an EC2 instance, so far as can be seen (${answer##*$'\n'}): give the base machine's id, ${0##*/} $ENV i-..."
   printf '%s' "${answer##*$'\n'}"
 }

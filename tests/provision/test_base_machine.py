@@ -15,12 +15,12 @@ from environment_pro import (
 
 def test_on_the_base_machine_its_folder_and_comfyui_are_looked_at(bundle: Bundle) -> None:
     bundle.set(COMFY_HOME=str(bundle.folder), COMFY_ADDRESS="127.0.0.1:9")
-    for file in ("start_service.sh", "parse_job.py"):
+    for file in ("start_service.sh", "parse_job.py", "worker/job.py"):
         (bundle.folder / file).unlink()
     ran = bundle.run_function("check_here; die_of_problems", "base_machine")
     assert ran.returncode == 1
     assert "ComfyUI does not answer on 127.0.0.1:9" in ran.stderr
-    for file in ("start_service.sh", "parse_job.py", "ComfyUI/main.py"):
+    for file in ("start_service.sh", "parse_job.py", "worker/job.py", "ComfyUI/main.py"):
         assert f"there is no {bundle.folder}/{file}, so no instance of the fleet could work" in ran.stderr
     assert "/env," not in ran.stderr
 

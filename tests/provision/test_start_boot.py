@@ -15,7 +15,7 @@ from machine import (
     machine,
 )
 
-from parse_job import finish_boot_report
+from worker.reports import finish_boot_report
 
 __all__ = ["machine"]
 

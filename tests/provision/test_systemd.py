@@ -40,7 +40,8 @@ def test_the_worker_cannot_become_root_and_comfyuis_mounts_are_seen() -> None:
     worker.read(ROOT / "systemd/comfy-manage.service")
     comfyui.read(ROOT / "systemd/comfyui.service")
     assert worker["Service"]["NoNewPrivileges"] == worker["Service"]["PrivateTmp"] == "yes"
-    assert '"sudo"' not in (ROOT / "parse_job.py").read_text()
+    for file in (ROOT / "parse_job.py", *(ROOT / "worker").glob("*.py")):
+        assert '"sudo"' not in file.read_text()
     forbidden = re.compile("private|protect|readonly|readwrite|inaccessible|mountflags|nonewpriv|restrict|system")
     assert [name for name in comfyui["Service"] if forbidden.match(name)] == []
 
