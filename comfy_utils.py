@@ -1,7 +1,7 @@
 """What sender and worker share: settings, messages, capacity, the ComfyUI client.
 
 Importing this module costs nothing: boto3, requests and websocket-client are imported where they are
-used. DESIGN facts (formats, promises) are in the README; ComfyUI's behaviour is stated where relied on.
+used. The formats are described in docs/jobs.md and docs/results.md; ComfyUI's behaviour is stated where relied on.
 """
 
 from __future__ import annotations
