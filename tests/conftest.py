@@ -6,6 +6,7 @@ import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from local_cloud import LocalCloud, Machine
@@ -53,8 +54,9 @@ def sample(request: pytest.FixtureRequest) -> Sample:
     options = request.config.option
     chance = random.Random(f"{options.seed} {request.node.nodeid}")
 
-    def take(points: Sequence[int], size: int) -> list[int]:
-        return list(points) if options.full else sorted(chance.sample(points, min(size, len(points))))
+    def take(points: Sequence[Any], size: int) -> list[Any]:
+        taken = range(len(points)) if options.full else chance.sample(range(len(points)), min(size, len(points)))
+        return [points[number] for number in sorted(taken)]
 
     return take
 

@@ -457,7 +457,7 @@ def aws_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Aws]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
     process = subprocess.Popen(
         [sys.executable, str(Path(__file__).resolve()), str(tmp_path_factory.mktemp("cloud"))],
-        env=environment | {"MOTO_EC2_LOAD_DEFAULT_AMIS": "false"},
+        env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,

@@ -157,6 +157,9 @@ class LocalCloud:
         self._sqs_lock, self._s3_lock = threading.Lock(), threading.Lock()
         self._moto = DomainDispatcherApplication(create_backend_app)
         self._ended = threading.Event()
+        # Moto's own thousand images take two seconds, and nobody asks for another than the first.
+        os.environ["MOTO_EC2_LOAD_DEFAULT_AMIS"] = "false"
+        self._ec2().register_image("any")
         setattr(ServiceQuotasBackend, "get_service_quota", get_service_quota)  # noqa: B010 - or mypy would object
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         # Moto does not look at a bucket policy's conditions, so it would refuse everything for want of TLS.

@@ -18,7 +18,7 @@ from local_cloud import ACCOUNT_ID, REGION, LocalCloud, free_port
 from places import CLOUD, copy_bytecode, copy_comfyui, copy_scripts
 
 LIMIT_S = float(os.environ.get("TEST_LIMIT_S", "90"))  # generous, because the machine may be busy
-Sample = Callable[[Sequence[int], int], list[int]]
+Sample = Callable[[Sequence[Any], int], list[Any]]
 """Takes so many of the points a test could go through, in their order: all of them with --full. See conftest.py."""
 
 
