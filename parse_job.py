@@ -21,12 +21,12 @@ from worker.in_hand import InHand
 from worker.inputs import Inputs
 from worker.intake import Intake
 from worker.job import Jobs
-from worker.lifecycle import BEAT_EVERY_S, LOOK_EVERY_S, Lifecycle
+from worker.lifecycle import Lifecycle
 from worker.metadata import Metadata, instance_id_of, instance_type_of
-from worker.orders import Orders
 from worker.queue import Queue
 from worker.reports import Reports, set_up_logging
 from worker.results import Result, Results
+from worker.shutdown import Shutdown
 from worker.watchdog import Watchdog, notify_systemd
 
 logger = logging.getLogger("parse_job")
@@ -38,20 +38,21 @@ logger = logging.getLogger("parse_job")
 def on_job_done(result: Result) -> None:
     """Called once a job's result is stored and its callback was accepted, before the message is deleted.
 
-    `result` is what stands in result.json. It may be called again for the same job when the worker
-    dies right here, and for several jobs at the same time, since a job is finished beside the next one. An
-    exception is logged and changes nothing for the job.
+    `result` is what stands in result.json (docs/results.md), of a failed job as well: see its `status`. It may be
+    called again for the same job when the worker dies right here, and for several jobs at the same time, since a job
+    is finished beside the next one. An exception is logged and changes nothing for the job.
     """
 
 
 def before_exit(instance_id: str) -> None:
-    """Called once before the instance is handed back to its group, after the last job and the logs."""
+    """Called before the instance is handed back to its group, also at a spot notice; not when the service is stopped.
+
+    No job is in hand any more, and the logs are stored; what is logged here is stored once more. It has four minutes,
+    at a spot notice less than two: then systemd's watchdog, or AWS, ends the worker. An exception is logged.
+    """
 
 
 # --- The worker ------------------------------------------------------------------------------------------
-
-LOG_UPLOAD_EVERY_S = 300
-WORKER_NEWS_EVERY_S = 30
 
 
 class Worker:
@@ -63,21 +64,21 @@ class Worker:
         comfy = ComfyUI(settings.comfy_address)
         bucket = Bucket(aws_client("s3", settings.region), settings.s3_bucket)
         self.watchdog = Watchdog()
-        self.orders = Orders(settings.max_receives, self.watchdog)
+        self.shutdown = Shutdown(settings.max_receives, self.watchdog)
         self.queue = Queue(aws_client("sqs", settings.region), settings.sqs_name, settings.visibility_timeout_s)
         self.in_hand = InHand()
-        self.lifecycle = Lifecycle(metadata, autoscaling, settings.asg_name, self.instance_id, self.orders)
+        self.lifecycle = Lifecycle(metadata, autoscaling, settings.asg_name, self.instance_id, self.shutdown)
         self.membership = Membership(
-            settings, autoscaling, self.queue, self.in_hand, self.orders, self.lifecycle, self.instance_id
+            settings, autoscaling, self.queue, self.in_hand, self.shutdown, self.lifecycle, self.instance_id
         )
         self.reports = Reports(settings, bucket, self.instance_id, instance_type_of(metadata))
-        self.results = Results(settings, bucket, comfy, self.orders, self.instance_id)
-        self.care = ComfyCare(settings, comfy, self.orders)
+        self.results = Results(settings, bucket, comfy, self.shutdown, self.instance_id)
+        self.care = ComfyCare(settings, comfy, self.shutdown)
         self.jobs = Jobs(
             settings,
             self.instance_id,
             self.in_hand,
-            self.orders,
+            self.shutdown,
             self.watchdog,
             self.care,
             Inputs(settings, bucket),
@@ -89,7 +90,7 @@ class Worker:
             settings,
             self.queue,
             self.in_hand,
-            self.orders,
+            self.shutdown,
             self.care,
             self.lifecycle,
             self.membership,
@@ -98,66 +99,37 @@ class Worker:
 
     def run(self) -> None:
         """Work until SIGTERM; leave the group when idle or told to."""
-        self.queue.find(self.orders)
+        self.queue.find(self.shutdown)
         logger.info("Worker on %s takes jobs from %s", self.instance_id, self.queue.name)
-        self.look_at_lifecycle()
-        threading.Thread(target=self.reports.tell_of_comfyui, args=(self.orders,), daemon=True).start()
+        if self.lifecycle.turn():
+            self.membership.make_room()
+        threading.Thread(target=self.reports.tell_of_comfyui, args=(self.shutdown,), daemon=True).start()
         intake = threading.Thread(target=self.intake.run, args=(self.watchdog,), name="intake", daemon=True)
         intake.start()
         self.watch(intake)
-        if self.orders.spot.is_set() or (self.orders.drain.is_set() and not self.orders.stop.is_set()):
-            intake.join(POLL_S + 5)
-            self.intake.give_back_all()
-            self.leave()
+        if self.shutdown.spot.is_set() or (self.shutdown.drain.is_set() and not self.shutdown.stop.is_set()):
+            self.leave(intake)
         else:
-            # Jobs in hand are given back at once, and what has run is stored. An empty long poll is not worth
-            # waiting for: should it bring a message after all, its lease ends by itself.
-            limit = time.monotonic() + 10
-            while any(not lease.stored for lease in self.in_hand.leases) and time.monotonic() < limit:
-                time.sleep(0.05)
-            self.intake.give_back_all()
-            self.reports.upload_logs()
-            self.publish_metrics(last=True)
+            self.end()
 
     def watch(self, intake: threading.Thread) -> None:
         """What goes on beside the jobs, until there is nothing left to wait for."""
-        next_lifecycle = next_beat = next_news = 0.0
-        next_upload = time.monotonic() + LOG_UPLOAD_EVERY_S
         while (
             (intake.is_alive() or self.in_hand.leases)
-            and not self.orders.stop.wait(0.2)
-            and not self.orders.spot.is_set()
+            and not self.shutdown.stop.wait(0.2)
+            and not self.shutdown.spot.is_set()
         ):
-            now = time.monotonic()
             self.watchdog.tell_systemd()
-            if now >= next_lifecycle:
-                next_lifecycle = now + LOOK_EVERY_S
-                self.look_at_lifecycle()
-            if self.orders.drain.is_set() and self.lifecycle.in_group and now >= next_beat:
-                next_beat = now + BEAT_EVERY_S
-                self.lifecycle.beat()
+            if self.lifecycle.turn():
+                self.membership.make_room()
             if self.membership.look_is_due() and (depth := self.membership.raise_capacity()) is not None:
                 self.intake.note_depth(depth)
-            if now >= next_news and self.reports.tell_of_jobs(self.in_hand.board()):
-                next_news = now + WORKER_NEWS_EVERY_S
-            if now >= next_upload:
-                next_upload = now + LOG_UPLOAD_EVERY_S
-                self.reports.upload_logs()
-            self.reports.tick(busy=self.in_hand.is_running())
-            self.publish_metrics()
+            self.reports.turn(self.in_hand.board(), in_group=self.lifecycle.in_group)
 
-    def look_at_lifecycle(self) -> None:
-        """Hear what EC2 and the group want of this instance."""
-        if self.lifecycle.look():
-            self.membership.make_room()
-
-    def publish_metrics(self, *, last: bool = False) -> None:
-        """Send the figures that are due, from the instances of a group only: they cost money."""
-        if self.lifecycle.in_group:
-            self.reports.publish_metrics(last=last)
-
-    def leave(self) -> None:
+    def leave(self, intake: threading.Thread) -> None:
         """Hand the instance back to its group and wait to be switched off."""
+        intake.join(POLL_S + 5)
+        self.intake.give_back_all()  # at a spot notice, also what has run and is not stored yet
         logger.info("Hands the instance back")
         self.reports.upload_logs()
         try:
@@ -166,11 +138,28 @@ class Worker:
             logger.exception("before_exit failed")
         # A message that came after the last receive would find nobody, and nobody would be started.
         self.membership.raise_capacity()
-        self.publish_metrics(last=True)
+        self.publish_last_metrics()
         self.lifecycle.complete()
         self.reports.upload_logs()
-        while not self.orders.stop.wait(1):
+        while not self.shutdown.stop.wait(1):
             notify_systemd("WATCHDOG=1")
+
+    def end(self) -> None:
+        """The service is stopped: jobs in hand are given back at once, and what has run is stored.
+
+        An empty long poll is not worth waiting for: should it bring a message after all, its lease ends by itself.
+        """
+        limit = time.monotonic() + 10
+        while any(not lease.stored for lease in self.in_hand.leases) and time.monotonic() < limit:
+            time.sleep(0.05)
+        self.intake.give_back_all()
+        self.reports.upload_logs()
+        self.publish_last_metrics()
+
+    def publish_last_metrics(self) -> None:
+        """Send the figures that are left."""
+        if self.lifecycle.in_group:
+            self.reports.publish_metrics(last=True)
 
 
 def main() -> int:
@@ -183,7 +172,7 @@ def main() -> int:
     set_up_logging(settings.comfy_home / "logs")
     worker = Worker(settings, Metadata())
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: worker.orders.stop.set())
+        signal.signal(number, lambda *_: worker.shutdown.stop.set())
     worker.run()
     logger.info("Worker on %s ends", worker.instance_id)
     return 0

@@ -34,8 +34,8 @@ from comfy_utils import (
     own_outputs,
 )
 from worker.errors import NeverStartedError, PutBackError
-from worker.orders import Orders
 from worker.results import remove_folder
+from worker.shutdown import Shutdown
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ class ComfyCare:
 
     settings: Settings
     comfy: ComfyUI
-    orders: Orders
+    shutdown: Shutdown
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _answered_at: float | None = None  # when ComfyUI last did
     _is_warm: bool = False
@@ -73,7 +73,7 @@ class ComfyCare:
         address = self.settings.comfy_address
         limit = time.monotonic() + READY_WAIT_S
         while not self.comfy.is_ready():
-            if self.orders.should_stop() or self.orders.is_leaving() or time.monotonic() > limit:
+            if self.shutdown.should_stop() or self.shutdown.is_leaving() or time.monotonic() > limit:
                 if self._answered_at is None:
                     logger.info("Waiting for ComfyUI on %s", address)
                     return False
@@ -83,17 +83,17 @@ class ComfyCare:
                     self._note_failure(time.monotonic())
                     self._restart(time.monotonic())
                 return False
-            self.orders.stop.wait(0.1)
+            self.shutdown.stop.wait(0.1)
         self._answered_at = time.monotonic()
         if self.settings.warmup_workflow is not None and not self._is_warm:
             self._warm_up(self.settings.warmup_workflow)
-        return not self.orders.is_leaving()
+        return not self.shutdown.is_leaving()
 
     def comes_back(self, attempt: int) -> bool:
         """Wait for a ComfyUI that is gone, with a job in hand that it had not started; False where that takes long."""
         limit = time.monotonic() + COMFY_BACK_S
         while not self.comfy.is_ready():
-            if self.orders.gives_back(attempt):
+            if self.shutdown.gives_back(attempt):
                 raise JobStoppedError
             if time.monotonic() > limit:
                 return False
@@ -112,7 +112,7 @@ class ComfyCare:
                 job_id,
                 timeout_s=self.settings.job_timeout_s,
                 stall_s=self.settings.stall_timeout_s,
-                should_stop=lambda: self.orders.should_stop() or self.orders.is_leaving(),
+                should_stop=lambda: self.shutdown.should_stop() or self.shutdown.is_leaving(),
             )
             error = error_of(finished.entry)
             if error is not None:
@@ -184,7 +184,7 @@ class ComfyCare:
         """Restart ComfyUI if it does not let go of an interrupted job: the next would wait behind it."""
         limit = time.monotonic() + INTERRUPT_S
         try:
-            while self.comfy.place(job_id) is not None and not self.orders.should_stop():
+            while self.comfy.place(job_id) is not None and not self.shutdown.should_stop():
                 if time.monotonic() > limit:
                     self._restart(limit)
                     return

@@ -24,9 +24,9 @@ from comfy_utils import (
 from worker.errors import explain
 from worker.in_hand import InHand
 from worker.lifecycle import LOOK_EVERY_S, Lifecycle
-from worker.orders import Orders
 from worker.queue import Queue
 from worker.scaling import LOOK_S, QueueHistory, Replacement, leaving_turn, long_jobs, may_leave, others_at_work
+from worker.shutdown import Shutdown
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Membership:
         autoscaling: Any,
         queue: Queue,
         in_hand: InHand,
-        orders: Orders,
+        shutdown: Shutdown,
         lifecycle: Lifecycle,
         instance_id: str,
     ) -> None:
@@ -54,7 +54,7 @@ class Membership:
         self._autoscaling = autoscaling
         self._queue = queue
         self._in_hand = in_hand
-        self._orders = orders
+        self._shutdown = shutdown
         self._lifecycle = lifecycle
         self._instance_id = instance_id
         self._history = QueueHistory(settings.scale_cooldown_s)
@@ -114,7 +114,7 @@ class Membership:
             ahead = min(self._in_hand.behind(), depth.in_flight)
             depth = QueueDepth(depth.visible + ahead, depth.in_flight - ahead)
             held = len(self._in_hand.leases)
-            if self._orders.drain.is_set() and held:
+            if self._shutdown.drain.is_set() and held:
                 # What it still finishes is no job for the others.
                 depth = depth._replace(in_flight=max(0, depth.in_flight - held))
                 if not depth.visible:
@@ -198,7 +198,7 @@ class Membership:
         self._autoscaling.set_instance_health(
             InstanceId=self._instance_id, HealthStatus="Unhealthy", ShouldRespectGracePeriod=False
         )
-        self._orders.drain.set()
+        self._shutdown.drain.set()
 
     def _is_superfluous(self, depth: QueueDepth) -> bool:
         """Whether the group can do without this idle instance, as it was when it was read."""
@@ -230,7 +230,7 @@ class Membership:
             self._in_hand.stay()
             logger.info("Stays, the group is at its minimum: %s", error)
             return False
-        self._orders.drain.set()
+        self._shutdown.drain.set()
         return True
 
     # --- Being replaced ----------------------------------------------------------------------------------
@@ -238,7 +238,7 @@ class Membership:
     def _consider_replacement(self, depth: QueueDepth) -> None:
         """Where this instance was launched from a template version that counts no more, have it replaced."""
         group = self._group
-        if group is None or self._orders.is_leaving():
+        if group is None or self._shutdown.is_leaving():
             return
         step = self.replacement.step(group, self._instance_id, depth, time.monotonic())
         if step != "launch":

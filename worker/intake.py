@@ -16,10 +16,10 @@ from worker.group import POLL_S, Membership
 from worker.in_hand import InHand
 from worker.lease import Lease
 from worker.lifecycle import Lifecycle
-from worker.orders import Orders
 from worker.queue import Queue
 from worker.retry import backoff_s
 from worker.scaling import AHEAD, GLANCE_S, jobs_to_fetch
+from worker.shutdown import Shutdown
 from worker.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class Intake:
     settings: Settings
     queue: Queue
     in_hand: InHand
-    orders: Orders
+    shutdown: Shutdown
     care: ComfyCare
     lifecycle: Lifecycle
     membership: Membership
@@ -49,7 +49,7 @@ class Intake:
         """Take messages until this worker leaves."""
         failures = 0
         with watchdog.watched():
-            while not self.orders.is_leaving():
+            while not self.shutdown.is_leaving():
                 watchdog.turn()
                 try:
                     self._turn()
@@ -152,5 +152,5 @@ class Intake:
     def _await_news(self, seconds: float) -> None:
         """Wait so long, unless this worker leaves."""
         limit = time.monotonic() + seconds
-        while time.monotonic() < limit and not self.orders.is_leaving():
+        while time.monotonic() < limit and not self.shutdown.is_leaving():
             time.sleep(0.1)

@@ -35,12 +35,12 @@ from worker.errors import NeverStartedError, PutBackError, explain
 from worker.in_hand import InHand
 from worker.inputs import Inputs
 from worker.lease import Lease
-from worker.orders import Orders
 from worker.progress import Progress
 from worker.reports import Reports
 from worker.results import Ran, Result, Results
 from worker.retry import every, insist
 from worker.scaling import AHEAD_LIMIT_S
+from worker.shutdown import Shutdown
 from worker.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class Jobs:
     settings: Settings
     instance_id: str
     in_hand: InHand
-    orders: Orders
+    shutdown: Shutdown
     watchdog: Watchdog
     care: ComfyCare
     inputs: Inputs
@@ -75,15 +75,15 @@ class Jobs:
     def process(self, lease: Lease) -> None:
         """Bring one message to its end: result stored, callback accepted, message deleted; or put it back."""
         with self._putting_back(lease):
-            with self._in_turn(lease), CancelWatch(self.inputs.is_cancelled, self.orders.should_stop) as cancel:
-                if self.orders.gives_back(lease.attempt):
+            with self._in_turn(lease), CancelWatch(self.inputs.is_cancelled, self.shutdown.should_stop) as cancel:
+                if self.shutdown.gives_back(lease.attempt):
                     raise JobStoppedError
                 try:
                     job, invalid = understand(lease)
                 except NothingToRunError as reason:
                     self._drop(lease, reason)
                     return
-                self.in_hand.claim(lease, job.id, lambda: self.orders.gives_back(lease.attempt))
+                self.in_hand.claim(lease, job.id, lambda: self.shutdown.gives_back(lease.attempt))
                 logger.info("Job %s: attempt %d", job.id, lease.attempt)
                 cancel.watch(job.id)
                 result = self._insist(lambda: self.results.stored(job.id))
@@ -244,7 +244,7 @@ class Jobs:
             waited_s = time.monotonic() - submitted_at
             too_long = min(self.in_hand.running_s(), waited_s) > AHEAD_LIMIT_S
             is_early = lease.attempt < self.settings.max_receives - 1
-            return self.orders.gives_back(lease.attempt) or (too_long and is_early)
+            return self.shutdown.gives_back(lease.attempt) or (too_long and is_early)
 
         def run() -> tuple[datetime | None, Finished]:
             return self.care.run(
@@ -273,7 +273,7 @@ class Jobs:
 
     def _may_not_start(self, lease: Lease, cancel: CancelWatch) -> Callable[[], bool]:
         """What is asked while a job waits for its turn."""
-        return lambda: cancel.should_stop() or self.orders.gives_back(lease.attempt)
+        return lambda: cancel.should_stop() or self.shutdown.gives_back(lease.attempt)
 
     def _tell(self, progress: Progress) -> None:
         """Tell those who wait, and the operator, how far the job is."""
@@ -289,7 +289,7 @@ class Jobs:
             del self._usual_runs_s[next(iter(self._usual_runs_s))]
 
     def _insist(self, action: Callable[[], T]) -> T:
-        return insist(action, self.orders.pause)
+        return insist(action, self.shutdown.pause)
 
 
 def understand(lease: Lease) -> tuple[Job, str | None]:

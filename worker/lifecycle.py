@@ -1,14 +1,19 @@
-"""What EC2 and the Auto Scaling group want of this instance, and how it is handed back."""
+"""What EC2 and the Auto Scaling group want of this instance, and how it is handed back.
+
+A spot notice and the group's termination are only noted here, in worker/shutdown.py: that is what the threads of jobs
+ask all the time, and what gives their messages back (worker/job.py). parse_job.py then says goodbye.
+"""
 
 from __future__ import annotations
 
 import logging
+import time
 from typing import Any
 
 from comfy_utils import HOOK_NAME
 from worker.errors import explain
 from worker.metadata import Metadata, MetadataError
-from worker.orders import Orders
+from worker.shutdown import Shutdown
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +26,9 @@ BEAT_EVERY_S = 60
 class Lifecycle:
     """Reads the instance metadata, and answers the group's termination hook."""
 
-    def __init__(self, metadata: Metadata, autoscaling: Any, asg_name: str, instance_id: str, orders: Orders) -> None:
+    def __init__(
+        self, metadata: Metadata, autoscaling: Any, asg_name: str, instance_id: str, shutdown: Shutdown
+    ) -> None:
         self.in_group = False
         self.warming = False  # in the warm pool: it boots only to be stopped, and takes nothing
         self._metadata = metadata
@@ -31,7 +38,19 @@ class Lifecycle:
             "AutoScalingGroupName": asg_name,
             "InstanceId": instance_id,
         }
-        self._orders = orders
+        self._shutdown = shutdown
+        self._next_look = self._next_beat = 0.0
+
+    def turn(self) -> bool:
+        """Called several times a second: looks and beats when that is due; returns what `look` does."""
+        now = time.monotonic()
+        if self._shutdown.drain.is_set() and self.in_group and now >= self._next_beat:
+            self._next_beat = now + BEAT_EVERY_S
+            self.beat()
+        if now < self._next_look:
+            return False
+        self._next_look = now + LOOK_EVERY_S
+        return self.look()
 
     def look(self) -> bool:
         """Read what EC2 and the group want of this instance; returns whether EC2 advises to leave while there is time."""
@@ -46,13 +65,13 @@ class Lifecycle:
         if warming != self.warming:
             self.warming = warming
             logger.info("In the warm pool: nothing is taken" if warming else "In service: jobs are taken")
-        if notice is not None and not self._orders.spot.is_set():
+        if notice is not None and not self._shutdown.spot.is_set():
             logger.warning("Spot notice: the instance is taken away, its job is given back")
-            self._orders.spot.set()
-        if state == "Terminated" and not self._orders.drain.is_set():
+            self._shutdown.spot.set()
+        if state == "Terminated" and not self._shutdown.drain.is_set():
             logger.info("The group takes this instance: nothing new is taken")
-            self._orders.drain.set()
-        return rebalance is not None and self.in_group and not self._orders.is_leaving()
+            self._shutdown.drain.set()
+        return rebalance is not None and self.in_group and not self._shutdown.is_leaving()
 
     def beat(self) -> None:
         """Ask for more time while the last job ends."""
@@ -70,7 +89,7 @@ class Lifecycle:
             except Exception as error:
                 # The hook may not have begun yet, just after we asked to be terminated.
                 logger.info("Lifecycle action not completed yet: %s", explain(error))
-                if self._orders.stop.wait(delay_s):
+                if self._shutdown.stop.wait(delay_s):
                     return
                 delay_s = min(delay_s * 2, 30)
             else:

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from comfy_utils import QueueDepth, queue_depth
 from worker.errors import explain
-from worker.orders import Orders
 from worker.retry import backoff_s
+from worker.shutdown import Shutdown
 from worker.watchdog import notify_systemd
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class Queue:
         self._to_delete: queue.SimpleQueue[_Deletion] = queue.SimpleQueue()
         threading.Thread(target=self._delete_all, name="deleter", daemon=True).start()
 
-    def find(self, orders: Orders) -> None:
+    def find(self, shutdown: Shutdown) -> None:
         """Learn the queue's address; waits for a queue that is not there yet rather than spin through restarts."""
         failures = 0
         while True:
@@ -54,7 +54,7 @@ class Queue:
                 delay_s = backoff_s(failures)
                 logger.error("Cannot find the queue %s, again in %.0f s: %s", self.name, delay_s, explain(error))
                 notify_systemd("WATCHDOG=1")
-                if orders.stop.wait(delay_s):
+                if shutdown.stop.wait(delay_s):
                     sys.exit(0)
 
     def receive(self, most: int, wait_s: int) -> list[dict[str, Any]]:

@@ -18,9 +18,12 @@ from comfy_utils import OBJECT_INFO_KEY, ComfyUI, Settings, aws_client, iso
 from worker.bucket import Bucket
 from worker.errors import explain
 from worker.metrics import Metrics
-from worker.orders import Orders
+from worker.shutdown import Shutdown
 
 logger = logging.getLogger(__name__)
+
+LOGS_EVERY_S = 300
+WORKER_NEWS_EVERY_S = 30
 
 
 class Reports:
@@ -33,9 +36,23 @@ class Reports:
         self._folder = settings.comfy_home / "logs"
         self._logs_stored: dict[str, tuple[int, int]] = {}  # log -> its size and time when it was uploaded
         self._jobs_told: list[dict[str, Any]] | None = None
+        self._next_news = 0.0
+        self._next_logs = time.monotonic() + LOGS_EVERY_S
         self._metrics = Metrics()
         self._cloudwatch: Any = None
         self._metrics_failed = False
+
+    def turn(self, jobs: list[dict[str, Any]], *, in_group: bool) -> None:
+        """Called several times a second, with what is to be told of the jobs that run: tells what is due."""
+        now = time.monotonic()
+        if now >= self._next_news and self.tell_of_jobs(jobs):
+            self._next_news = now + WORKER_NEWS_EVERY_S
+        if now >= self._next_logs:
+            self._next_logs = now + LOGS_EVERY_S
+            self.upload_logs()
+        self._metrics.tick(now, busy=bool(jobs))
+        if in_group:  # figures cost money
+            self.publish_metrics()
 
     def upload_logs(self) -> None:
         """Store this instance's logs, those that have changed, under output/<instance_id>/."""
@@ -67,10 +84,6 @@ class Reports:
         """Count a job that has its receipt."""
         self._metrics.add_job(result)
 
-    def tick(self, *, busy: bool) -> None:
-        """Called several times a second, with whether a job runs."""
-        self._metrics.tick(time.monotonic(), busy=busy)
-
     def publish_metrics(self, *, last: bool = False) -> None:
         """Send the figures that are due to CloudWatch."""
         figures = self._metrics.due(time.monotonic(), last=last)
@@ -87,14 +100,14 @@ class Reports:
                 self._metrics_failed = True
                 logger.warning("Cannot publish figures, which is not said again: %s", explain(error))
 
-    def tell_of_comfyui(self, orders: Orders) -> None:
+    def tell_of_comfyui(self, shutdown: Shutdown) -> None:
         """Once ComfyUI answers, complete boot.json, and store what it can do unless that is stored already.
 
         In a thread of its own, with a ComfyUI client of its own.
         """
         comfy = ComfyUI(self._settings.comfy_address)
         while not comfy.is_ready():
-            if orders.stop.wait(0.2):
+            if shutdown.stop.wait(0.2):
                 return
         self._metrics.add_boot(finish_boot_report(self._folder) or {})
         try:

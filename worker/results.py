@@ -28,15 +28,15 @@ from comfy_utils import (
 from worker.bucket import Bucket
 from worker.errors import PutBackError
 from worker.lease import Lease
-from worker.orders import Orders
 from worker.progress import Progress
 from worker.retry import backoff_s, insist
+from worker.shutdown import Shutdown
 from worker.web import post_result
 
 logger = logging.getLogger(__name__)
 
 Result = dict[str, Any]
-"""What result.json holds; its fields are listed in docs/jobs.md."""
+"""What result.json holds; its fields are listed in docs/results.md."""
 
 UPLOADS_AT_ONCE = 8
 CALLBACK_TRIES = 3
@@ -60,7 +60,7 @@ class Results:
     settings: Settings
     bucket: Bucket
     comfy: ComfyUI
-    orders: Orders
+    shutdown: Shutdown
     instance_id: str
     _uploads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(UPLOADS_AT_ONCE, "upload"))
 
@@ -78,7 +78,7 @@ class Results:
             warnings = [f"dropped: {text}" for text in explain_node_errors(ran.finished.node_errors)]
             warnings += [f"blocked: {ran.finished.blocked}"] if ran.finished.blocked else []
             files, values = outputs_of(ran.finished.entry)
-            outputs, missing = insist(lambda: self.store_files(job.id, files), self.orders.pause)
+            outputs, missing = insist(lambda: self.store_files(job.id, files), self.shutdown.pause)
             if missing and any(file.type == "temp" for file in files) and self._has_forgotten(job.id):
                 raise PutBackError(f"{missing[0]}: ComfyUI empties its temp folder when it starts")
             if missing and error is None:
@@ -214,7 +214,7 @@ class Results:
         reason = ""
         for attempt in range(CALLBACK_TRIES if url else 0):
             if attempt:
-                self.orders.pause(backoff_s(attempt))
+                self.shutdown.pause(backoff_s(attempt))
             reason = post_result(url, result, self.settings.callback_secret)
             if not reason:
                 return

@@ -30,7 +30,7 @@ from comfy_utils import QueueDepth, new_job_id
 from worker.in_hand import InHand
 from worker.intake import Intake
 from worker.lease import Lease
-from worker.orders import Orders
+from worker.shutdown import Shutdown
 from worker.watchdog import Watchdog
 
 
@@ -143,7 +143,7 @@ class FakeQueue:
 def intake() -> Iterator[tuple[Intake, FakeQueue]]:
     """A loop that takes messages, alone in the world. Its jobs end when a test ends them: see end()."""
     queue = FakeQueue()
-    orders = Orders(3, Watchdog())
+    shutdown = Shutdown(3, Watchdog())
     membership = SimpleNamespace(
         replacement=SimpleNamespace(is_due=False),
         is_outdated=lambda: False,
@@ -154,7 +154,7 @@ def intake() -> Iterator[tuple[Intake, FakeQueue]]:
         SimpleNamespace(scale_cooldown_s=180, visibility_timeout_s=120),
         queue,
         InHand(),
-        orders,
+        shutdown,
         SimpleNamespace(is_to_blame=lambda: False, has_failed=lambda: False, is_ready=lambda: True),
         SimpleNamespace(warming=False),
         membership,
@@ -164,7 +164,7 @@ def intake() -> Iterator[tuple[Intake, FakeQueue]]:
     thread = threading.Thread(target=intake.run, args=(Watchdog(),), daemon=True)
     thread.start()
     yield intake, queue
-    orders.stop.set()
+    shutdown.stop.set()
     thread.join(LIMIT_S)
 
 

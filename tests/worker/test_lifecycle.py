@@ -12,7 +12,7 @@ from local_cloud import Fault, LocalCloud
 from workplace import await_that, group_of, image_workflow
 from workshop import NO_RESULT_YET, Calls, Fleet, in_group, start, update_group
 
-from worker.orders import Orders
+from worker.shutdown import Shutdown
 from worker.watchdog import Watchdog
 
 
@@ -141,9 +141,9 @@ def test_an_instance_of_the_warm_pool_takes_nothing(fleet: Fleet, calls: Calls) 
 
 
 def test_a_job_on_its_last_attempt_is_run_while_the_group_takes_the_instance() -> None:
-    orders = Orders(3, Watchdog())
-    assert not orders.gives_back(1)
-    orders.drain.set()
-    assert [orders.gives_back(attempt) for attempt in (1, 2, 3)] == [True, True, False]
-    orders.spot.set()
-    assert orders.gives_back(3), "there is no time"
+    shutdown = Shutdown(3, Watchdog())
+    assert not shutdown.gives_back(1)
+    shutdown.drain.set()
+    assert [shutdown.gives_back(attempt) for attempt in (1, 2, 3)] == [True, True, False]
+    shutdown.spot.set()
+    assert shutdown.gives_back(3), "there is no time"

@@ -34,7 +34,7 @@ def test_worker_json_tells_what_the_worker_does(
     assert tell()
     assert told() == [], "idle, and that is said as well"
     job_id = new_job_id()
-    with in_hand.running(job_id, worker.orders.should_stop, alone=False):
+    with in_hand.running(job_id, worker.shutdown.should_stop, alone=False):
         assert not tell(), "it may stand behind another one"
         in_hand.note_running(job_id)
         assert tell()

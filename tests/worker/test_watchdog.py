@@ -12,7 +12,7 @@ from workplace import LIMIT_S, Site, await_that
 from workshop import make_worker
 
 from worker import watchdog
-from worker.orders import Orders
+from worker.shutdown import Shutdown
 from worker.watchdog import TURN_LIMIT_S, Watchdog
 
 
@@ -50,7 +50,7 @@ def test_systemd_hears_that_the_worker_lives_until_its_intake_hangs(
 
 def test_one_thread_that_hangs_is_enough(systemd: socket.socket) -> None:
     dog = Watchdog()
-    orders = Orders(3, dog)
+    shutdown = Shutdown(3, dog)
     systemd.settimeout(0.2)
     hang, is_watched = threading.Event(), threading.Event()
 
@@ -67,7 +67,7 @@ def test_one_thread_that_hangs_is_enough(systemd: socket.socket) -> None:
         assert hears(systemd)
         for thread in (threading.current_thread(), other):
             dog._turned_at[thread.ident or 0] -= TURN_LIMIT_S + 1
-        orders.should_stop()  # asked all the time: this thread turns, the other does not
+        shutdown.should_stop()  # asked all the time: this thread turns, the other does not
         dog.tell_systemd()
         assert not hears(systemd)
         hang.set()

@@ -1,4 +1,4 @@
-"""What this instance was told to do: stop, go, or take nothing new."""
+"""Whether this worker leaves: at once, or when the jobs in hand have ended."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from comfy_utils import JobStoppedError
 from worker.watchdog import Watchdog
 
 
-class Orders:
+class Shutdown:
     """Set by a signal (`stop`) and by what EC2 and the group say (worker/lifecycle.py); asked everywhere."""
 
     def __init__(self, max_receives: int, watchdog: Watchdog) -> None:
