@@ -88,7 +88,7 @@ def test_an_idle_worker_makes_five_calls_a_minute(cloud: LocalCloud, fleet: Flee
     text = (site.folder / "env").read_text()
     (site.folder / "env").write_text(text.replace("SCALE_COOLDOWN=2", "SCALE_COOLDOWN=18"))
     # Ten times as fast as in life: a minute takes six seconds.
-    speed_up(site, "parse_job.py", {"LOG_UPLOAD_EVERY_S = 300": "LOG_UPLOAD_EVERY_S = 30"})
+    speed_up(site, "worker/reports.py", {"LOGS_EVERY_S = 300": "LOGS_EVERY_S = 30"})
     speed_up(site, "worker/metrics.py", {"METRIC_S = 60": "METRIC_S = 6"})
     group = {"POLL_S = 20": "POLL_S = 2", "GROUP_AGE_S = 300": "GROUP_AGE_S = 30"}
     speed_up(site, "worker/group.py", group | {"2 * POLL_S - 1": "2 * POLL_S - 0.1"})
