@@ -159,7 +159,8 @@ class LocalCloud:
         self._ended = threading.Event()
         # Moto's own thousand images take two seconds, and nobody asks for another than the first.
         os.environ["MOTO_EC2_LOAD_DEFAULT_AMIS"] = "false"
-        self._ec2().register_image("any")
+        image = self._ec2().register_image("ubuntu")
+        image.architecture, image.owner_id = "x86_64", "099720109477"  # its maker's, not the account's own
         setattr(ServiceQuotasBackend, "get_service_quota", get_service_quota)  # noqa: B010 - or mypy would object
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         # Moto does not look at a bucket policy's conditions, so it would refuse everything for want of TLS.
@@ -267,10 +268,8 @@ class LocalCloud:
             iam.create_role(RoleName="comfy", AssumeRolePolicyDocument="{}")
             iam.create_instance_profile(InstanceProfileName="comfy")
             iam.add_role_to_instance_profile(InstanceProfileName="comfy", RoleName="comfy")
-        images = ec2.describe_images(Filters=[{"Name": "architecture", "Values": ["x86_64"]}])["Images"]
-        image = next(image["ImageId"] for image in images if image.get("Platform") != "windows")
         instance_id = ec2.run_instances(
-            ImageId=image,
+            ImageId=ec2.describe_images()["Images"][0]["ImageId"],
             InstanceType="g5.2xlarge",
             MinCount=1,
             MaxCount=1,

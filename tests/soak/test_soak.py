@@ -59,7 +59,7 @@ def test_a_signal_ends_everything_it_started(number: signal.Signals, tmp_path: P
         stderr=subprocess.DEVNULL,
     )
     try:
-        await_that("the instances run", lambda: len(services()) >= 2 * soak.INSTANCES)
+        await_that("the instances run", lambda: run.poll() is not None or len(services()) >= 2 * soak.INSTANCES)
         run.send_signal(number)
         assert run.wait(LIMIT_S) == 128 + number
     finally:
