@@ -35,7 +35,7 @@ from worker.watchdog import Watchdog
 
 
 def test_the_next_job_stands_in_comfyuis_queue_and_times_are_honest(make_site: Callable[..., Site]) -> None:
-    site = make_site(JOB_TIMEOUT="4")
+    site = make_site(JOB_TIMEOUT="4", SCALE_COOLDOWN="4")
     start(site)
     first, second = fetch_one_ahead(site, 3, image_workflow(2))  # it may run for 4 s, and is in hand for 5
     result = site.await_result(second)
@@ -52,7 +52,7 @@ def test_the_next_job_stands_in_comfyuis_queue_and_times_are_honest(make_site: C
 
 
 def test_sigterm_gives_both_jobs_back_and_the_second_never_ran(make_site: Callable[..., Site]) -> None:
-    site = make_site()
+    site = make_site(SCALE_COOLDOWN="4")
     site.start_comfyui()
     worker = site.start_worker()
     first, second = fetch_one_ahead(site, 600)
@@ -79,7 +79,7 @@ def test_a_worker_that_drains_gives_the_next_job_back_and_finishes_the_first(clo
 
 
 def test_a_job_over_its_time_takes_no_other_with_it(make_site: Callable[..., Site]) -> None:
-    site = make_site(JOB_TIMEOUT="3")
+    site = make_site(JOB_TIMEOUT="3", SCALE_COOLDOWN="4")
     start(site)
     first, second = fetch_one_ahead(site, 600, image_workflow(1))
     assert site.await_result(first)["error"]["kind"] == "timeout"
@@ -89,7 +89,7 @@ def test_a_job_over_its_time_takes_no_other_with_it(make_site: Callable[..., Sit
 
 
 def test_behind_a_job_that_turns_out_long_nobody_waits(make_site: Callable[..., Site]) -> None:
-    site = make_site()
+    site = make_site(SCALE_COOLDOWN="4")
     speed_up(site, "worker/scaling.py", {"AHEAD_LIMIT_S = 60": "AHEAD_LIMIT_S = 3"})
     start(site)
     first, second = fetch_one_ahead(site, 600)
@@ -98,7 +98,7 @@ def test_behind_a_job_that_turns_out_long_nobody_waits(make_site: Callable[..., 
 
 
 def test_the_same_job_twice_in_hand_is_run_once(make_site: Callable[..., Site]) -> None:
-    site = make_site()
+    site = make_site(SCALE_COOLDOWN="4")
     start(site)
     job_id = new_job_id()
     fetch_ahead(site, 1, *[{"prompt": image_workflow(1), "job_id": job_id}] * 3)
@@ -126,6 +126,9 @@ class FakeQueue:
             }
             for attempt in attempts
         ]
+
+    def hide(self, *_: object) -> None:
+        pass
 
     def receive(self, most: int, _: int) -> list[dict[str, Any]]:
         if not self.messages:

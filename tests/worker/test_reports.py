@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from workplace import LIMIT_S, Site, await_that, image_workflow
-from workshop import Calls, make_worker, start
+from workshop import make_worker, start
 
 from comfy_utils import new_job_id
 from worker.progress import Progress
@@ -51,13 +51,17 @@ def test_worker_json_tells_what_the_worker_does(
 
 
 def test_a_log_is_uploaded_only_when_it_has_changed(
-    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch, calls: Calls
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     site = make_site()
     worker = make_worker(site, monkeypatch)
     log = site.folder / "logs/parse_job.log"
     log.write_text("one\n")
-    puts = calls.count("PUT")
+    site.s3.put_bucket_versioning(Bucket=site.bucket, VersioningConfiguration={"Status": "Enabled"})
+
+    def puts() -> int:
+        return len(site.s3.list_object_versions(Bucket=site.bucket)["Versions"])
+
     for _ in range(2):
         worker.reports.upload_logs()
     assert puts() == 1

@@ -132,10 +132,14 @@ def started_and_ended(site: Site, job_id: str) -> tuple[float, float]:
 
 
 def fetch_ahead(site: Site, seconds: float, *bodies: object) -> tuple[str, list[str]]:
-    """A job of `seconds` that runs, and those that were fetched ahead meanwhile and stand behind it."""
+    """A job of `seconds` that runs, and those that were fetched ahead meanwhile and stand behind it.
+
+    The site's SCALE_COOLDOWN is short, so that its worker looks every second how many wait.
+    """
     site.await_result(site.send(image_workflow()))  # so that the worker knows jobs to be short
     site.await_empty_queue()
     first = site.send(image_workflow(seconds))
+    await_that("the first is taken", lambda: site.depth() == (0, 1))  # one receive might bring all, in any order
     ids = [site.send(body) for body in bodies or (image_workflow(),)]
     await_that("the first runs", lambda: site.runs(first))
     return first, ids
