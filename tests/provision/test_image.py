@@ -38,7 +38,7 @@ def test_a_rebake_and_a_rollback_that_are_killed_after_each_change_are_gone_on_w
         "autoscaling create-or-update-tags",
         "ec2 deregister-image",
     )
-    for words in sample(changes, 2):
+    for words in sample(changes, 1):
         assert bundle.run_killed(*rebake, after=words) is None, words
         if words == "ec2 create-launch-template-version":
             lines = run_well(bundle, "pro", base.instance_id)
@@ -55,7 +55,7 @@ def test_a_rebake_and_a_rollback_that_are_killed_after_each_change_are_gone_on_w
     run_well(bundle, *rebake[1:4])
     third = image_ids(aws.everything("pro"))[-1]
     rollback = ("create_env.sh", "pro", base.instance_id, "--rollback")
-    for words in sample(("ec2 create-tags", *changes[1:4]), 2):
+    for words in sample(("ec2 create-tags", *changes[1:4]), 1):
         assert bundle.run_killed(*rollback, after=words) is None, words
     run_well(bundle, *rollback[1:])
     found = aws.everything("pro")

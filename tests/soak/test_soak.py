@@ -21,14 +21,15 @@ from soak import Audit, Delivery, Done, Job, Receipt
 from workplace import Sample, await_that
 
 LIMIT_S = 500
-JOBS = 100
+JOBS, JOBS_IN_FULL = 60, 300
 
 
 @pytest.mark.slow
-def test_jobs_survive_the_faults(sample: Sample) -> None:
+def test_jobs_survive_the_faults(sample: Sample, request: pytest.FixtureRequest) -> None:
+    jobs = JOBS_IN_FULL if request.config.option.full else JOBS
     for seed in sample(range(1, 4), 1):
         run = subprocess.run(
-            [sys.executable, TESTS / "soak/soak.py", str(JOBS), str(seed)],
+            [sys.executable, TESTS / "soak/soak.py", str(jobs), str(seed)],
             capture_output=True,
             text=True,
             timeout=LIMIT_S,
@@ -40,12 +41,16 @@ def test_jobs_survive_the_faults(sample: Sample) -> None:
             assert re.search(rf"^{name} +0$", run.stdout, re.MULTILINE), told
         ends = ("succeeded", "failed rightly", "in DLQ rightly")
         counted = [re.search(rf"^{name} +(\d+)$", run.stdout, re.MULTILINE) for name in ends]
-        assert sum(int(count[1]) for count in counted if count) == JOBS, told
+        assert sum(int(count[1]) for count in counted if count) == jobs, told
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_everything_it_started(number: signal.Signals, tmp_path: Path) -> None:
+def test_a_signal_ends_everything_it_started(sample: Sample, tmp_path: Path) -> None:
+    for number in sample((signal.SIGTERM, signal.SIGINT), 1):
+        check_that_a_signal_ends_everything(number, tmp_path)
+
+
+def check_that_a_signal_ends_everything(number: signal.Signals, tmp_path: Path) -> None:
     environment = os.environ | {"TMPDIR": str(tmp_path)}
 
     def services() -> list[str]:
