@@ -929,6 +929,8 @@ class ComfyUI:
 
 SILENCE_S = 2.0
 """Seconds without news of a job after which history and queue are asked."""
+QUEUED_SILENCE_S = 10.0
+"""The same of one that stands in the queue: there may be many, and each question costs the one that runs."""
 LAST_WORD_S = 0.05
 """So long after a job's last event comes the word that its history is written."""
 
@@ -1046,7 +1048,8 @@ class _Watch:
                 # Said of failures, too, and only once the history is written: it is time to ask.
                 is_over = event["type"] == "executing" and event["data"].get("node") is None
                 self._take(event)
-        if is_over or time.monotonic() > self._asked + SILENCE_S:
+        is_queued = self.number is not None and not self.has_started
+        if is_over or time.monotonic() > self._asked + (QUEUED_SILENCE_S if is_queued else SILENCE_S):
             self._asked = time.monotonic()
             return True
         return False

@@ -13,7 +13,7 @@ from comfy_utils import Group, QueueDepth
 
 LOOK_S = 30
 """How often, on average, a worker with a job looks at the queue; one without looks after every second poll."""
-GLANCE_S = 1
+GLANCE_S = 0.25
 """How often at most it asks besides whether more wait, when one came although none was known to."""
 LONG_JOB_S = 300
 """A job that runs for so long occupies its worker: longer than another instance takes to come."""
