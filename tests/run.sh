@@ -6,7 +6,7 @@
 #
 # Where a script is killed after any of its AWS calls, or faults fall at random, a sample is tested; it is
 # chosen by a seed, which is printed and can be given back. --full tests every point, which takes some
-# twenty minutes on two cores. Needs Python 3.11+ and Bash. Example: tests/run.sh -k callback
+# ten minutes on two cores. Needs Python 3.11+ and Bash. Example: tests/run.sh -k callback
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -27,7 +27,7 @@ main() {
   export PYTHONDONTWRITEBYTECODE=
 
   lint
-  exec pytest --numprocesses 5 --dist worksteal "$@"
+  exec pytest --numprocesses 6 --dist worksteal "$@"
 }
 
 # lint: the checks beside each other, as they take a third of the time so. All are heard, one after the other.

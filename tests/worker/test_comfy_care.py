@@ -59,6 +59,7 @@ def test_out_of_memory_is_tried_again_on_freed_memory(busy_site: Site) -> None:
     assert busy_site.runs(job_id) == 2
 
 
+@pytest.mark.slow
 def test_out_of_memory_again_and_again_ends_in_the_dead_letter_queue(make_site: Callable[..., Site]) -> None:
     site = make_site()
     start(site)
@@ -144,6 +145,7 @@ def test_comfyui_dies_with_two_jobs_and_that_counts_once(fleet: Fleet) -> None:
     assert (site.runs(first), site.runs(second)) == (2, 1)
 
 
+@pytest.mark.slow
 def test_a_job_that_kills_comfyui_each_time_ends_in_the_dead_letter_queue(make_site: Callable[..., Site]) -> None:
     site = make_site()
     site.keep_comfyui()

@@ -45,6 +45,7 @@ def test_failed_reads_change_nothing(cloud: LocalCloud, fleet: Fleet, calls: Cal
     await_that("it leaves once it can read", lambda: not in_group(cloud, site)["Instances"])
 
 
+@pytest.mark.slow
 def test_a_busy_worker_calls_for_others_and_says_why_they_do_not_come(cloud: LocalCloud, fleet: Fleet) -> None:
     site, _ = fleet
     cloud.launch_failure = (
@@ -81,6 +82,7 @@ def test_an_operator_who_lowers_what_is_wanted_ends_no_running_job(cloud: LocalC
     assert in_group(cloud, site)["DesiredCapacity"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.slow
 def test_an_idle_worker_makes_five_calls_a_minute(cloud: LocalCloud, fleet: Fleet, calls: Calls) -> None:
     site, _ = fleet
