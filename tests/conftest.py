@@ -39,13 +39,14 @@ def pytest_report_header(config: pytest.Config) -> str:
     return "every point is tested (--full)" if config.option.full else f"samples: --seed {config.option.seed}"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Deal the slow tests evenly: each worker begins with its share of the list, so none of them begins last."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deal the tests so that each process begins with its share of the slow ones: it is given a run of the list."""
+    given = getattr(config, "workerinput", {}).get("workercount") or config.getoption("numprocesses", None)
+    processes = int(given or 1)
     slow = [item for item in items if item.get_closest_marker("slow")]
-    dealt = [item for item in items if not item.get_closest_marker("slow")]
-    for number, item in enumerate(slow):
-        dealt.insert(number * len(items) // len(slow), item)
-    items[:] = dealt
+    rest = [item for item in items if not item.get_closest_marker("slow")]
+    dealt = [slow[number::processes] + rest[number::processes] for number in range(processes)]
+    items[:] = [item for share in dealt for item in share]
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ main() {
   export PYTHONDONTWRITEBYTECODE=
 
   lint
-  exec pytest --numprocesses 6 --dist worksteal "$@"
+  exec pytest --numprocesses 5 --dist worksteal "$@"
 }
 
 # lint: the checks beside each other, as they take a third of the time so. All are heard, one after the other.

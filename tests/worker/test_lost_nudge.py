@@ -114,6 +114,7 @@ def test_nobody_waits_for_ever(
     check_a_sender_that_dies_before_it_has_nudged(fleet)
     for moment in sample(("before its last look", "after its last look"), 1):
         check_a_message_that_finds_the_last_worker_on_its_way_out(fleet, moment)
+    fleet.cloudwatch.enable_alarm_actions(AlarmNames=[f"{fleet.group_name}-first-instance"])
     check_a_workflow_that_is_dropped_into_the_bucket(fleet)
     check_an_environment_is_removed_while_jobs_run(fleet)
 
