@@ -488,7 +488,7 @@ def desired_capacity(
     ceil(visible / backlog) + long_jobs, at least one while anything waits or runs, within the limits. A running job
     has its worker, and one that will soon take the next; but each of the `long_jobs` among them keeps a whole worker
     from those that wait. Only workers know of long jobs, senders say 0. Pure, so that equal answers make duplicate
-    calls harmless. tests/bench_scaling.py measures the formula against others.
+    calls harmless. tests/bench/bench_scaling.py measures the formula against others.
     """
     wanted = math.ceil(depth.visible / backlog_per_instance) + min(long_jobs, depth.in_flight)
     if depth.visible or depth.in_flight:

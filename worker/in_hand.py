@@ -71,10 +71,6 @@ class InHand:
         """Whether one of them was given back before: it may be one that kills ComfyUI, and all behind it."""
         return any(lease.attempt > 1 and not lease.stored for lease in list(self.leases))
 
-    def is_running(self, job_id: str | None = None) -> bool:
-        """Whether this job runs, or any."""
-        return bool(self._running) if job_id is None else job_id in self._running
-
     def is_before_others(self, job_id: str) -> bool:
         """Whether the job runs and others stand behind it in ComfyUI's queue."""
         return job_id in self._running and self._workflows > len(self._running)
