@@ -1,8 +1,9 @@
 """The real AWS CLI without its start-up: a server that has it imported runs each call in a fork of itself.
 
-Starting the CLI takes half a second of processor time, and the scripts call it dozens of times. The local cloud
-starts the server; bin/aws is the caller, by way of aws_call.py, and gets the exit code. A caller that is killed
-takes its call with it.
+Starting the CLI takes half a second of processor time, and the scripts call it dozens of times. A local cloud
+starts the server, or the tests one for all their clouds (aws_cli_server.py); bin/aws is the caller, by way of
+aws_call.py, and gets the exit code. A caller that is killed takes its call with it. The configuration files of the
+AWS CLI are read once, so a test that has its own starts the CLI itself. Works with version 1 and version 2.
 """
 
 from __future__ import annotations
@@ -85,7 +86,9 @@ def run(driver: Any, connection: socket.socket) -> None:
     sys.argv = ["aws", *arguments]
     code = 255
     try:
-        code = driver.main(arguments)
+        # Version 2 turns what a call raises into its exit code outside of the driver.
+        entry = getattr(awscli.clidriver, "AWSCLIEntryPoint", lambda driver: driver)
+        code = entry(driver).main(arguments)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 255
     finally:

@@ -26,13 +26,17 @@ from typing import Any
 
 import boto3
 import pytest
+from aws_cli_server import AWS_CLI_SOCKET
 from botocore.exceptions import ClientError
-from local_cloud import ACCOUNT_ID, AWS_CLI_SOCKET, REGION, LocalCloud
+from local_cloud import ACCOUNT_ID, REGION, LocalCloud
+from local_network import open_a_way_out
 from places import CLOUD, copy_scripts
 
 CALL_LIMIT_S = 300.0
 GROUND = ("common", "aws", "names", "fill")
 LOOKS_TAG = "looks-until-available"  # on a base instance: how often its new image is still pending when looked at
+
+INTERFACE: dict[str, Any] = {"VpcEndpointType": "Interface", "PrivateDnsEnabled": True}
 
 ENV_FILE = f"""ENV=base
 PREFIX=simple-comfy
@@ -185,16 +189,14 @@ class Aws:
             ]
             for i, zone in enumerate("aab")
         )
+        (main,) = self.tables(vpc, region)
         self.open_to_internet(vpc, public, region)
-        ec2.create_vpc_endpoint(
-            VpcId=vpc,
-            VpcEndpointType="Gateway",
-            ServiceName=f"com.amazonaws.{region}.s3",
-            RouteTableIds=self.tables(vpc, region),
-        )
+        open_a_way_out(ec2, public, main)
+        self.make_endpoint(vpc, "s3", self.tables(vpc, region), region=region)
         group = ec2.create_security_group(GroupName="comfy", Description="comfy", VpcId=vpc)["GroupId"]
-        iam.create_instance_profile(InstanceProfileName="comfy")
-        ec2.create_key_pair(KeyName="operator")
+        with suppress(ClientError):  # of another base
+            iam.create_instance_profile(InstanceProfileName="comfy")
+            ec2.create_key_pair(KeyName="operator")
         image = ec2.register_image(Name="ubuntu")["ImageId"]
         tags = [{"Key": LOOKS_TAG, "Value": str(looks_until_available)}]
         instance = ec2.run_instances(
@@ -216,14 +218,30 @@ class Aws:
         """Give the subnet a route table of its own with a route to an internet gateway."""
         ec2 = self.client("ec2", region)
         gateway = ec2.create_internet_gateway()["InternetGateway"]["InternetGatewayId"]
+        ec2.attach_internet_gateway(InternetGatewayId=gateway, VpcId=vpc)
         table = ec2.create_route_table(VpcId=vpc)["RouteTable"]["RouteTableId"]
         ec2.create_route(RouteTableId=table, DestinationCidrBlock="0.0.0.0/0", GatewayId=gateway)
         ec2.associate_route_table(RouteTableId=table, SubnetId=subnet)
+        ec2.modify_subnet_attribute(SubnetId=subnet, MapPublicIpOnLaunch={"Value": True})
+
+    def make_endpoint(self, vpc: str, service: str, tables: list[str] | None = None, region: str = REGION) -> None:
+        """A gateway endpoint in these route tables, or an interface endpoint with its private DNS name."""
+        self.client("ec2", region).create_vpc_endpoint(
+            VpcId=vpc,
+            ServiceName=f"com.amazonaws.{region}.{service}",
+            **({"VpcEndpointType": "Gateway", "RouteTableIds": tables} if tables else INTERFACE),
+        )
 
     def tables(self, vpc: str, region: str = REGION) -> list[str]:
         """The route tables of a VPC."""
         tables = self.client("ec2", region).describe_route_tables(Filters=[{"Name": "vpc-id", "Values": [vpc]}])
         return [table["RouteTableId"] for table in tables["RouteTables"]]
+
+    def table_of(self, subnet: str) -> str:
+        """The route table of a subnet that has one of its own."""
+        filters = [{"Name": "association.subnet-id", "Values": [subnet]}]
+        (table,) = self.client("ec2").describe_route_tables(Filters=filters)["RouteTables"]
+        return str(table["RouteTableId"])
 
     def make_bucket(
         self, name: str, region: str = REGION, *, tag: str = "", files: tuple[str, ...] | None = None

@@ -7,15 +7,22 @@ ComfyUI does, and needs aiohttp and Pillow. test_comfyui_standin.py holds it, or
 every recorded case.
 
 Its own nodes, for tests: StandinSleep (slow, silent, interruptible), StandinOutOfMemory (fails `times`
-times in this server's life; without `times` always), StandinCrash (the process dies), StandinDeadExecutor
-(its thread does), StandinBlock (an ExecutionBlocker's message). Like any node they
-are served from cache unless an input differs.
+times in this server's life; without `times` always), StandinFullDisk (likewise, as a saver on a full disk),
+StandinCrash (the process dies after `seconds`; with `once`, the path of a file that it makes, only where there is
+none), StandinDeadExecutor
+(its thread does), StandinBlock (an ExecutionBlocker's message), StandinShow (writes the files it is given and says in
+history what it is told to), StandinText (gives a text), StandinSaveBlind (a saver that makes no folder and swallows its
+error, as WAS Image Save), StandinPassPreview (shows a picture in temp/ and passes it on),
+StandinApi (a node that has a key and lets it out: in a `text`, in an `error`, or as a `block`). Like any node they are
+served from cache unless an input differs.
 
 Environment: STANDIN_STEP_SECONDS for a KSampler step (0.05), STANDIN_NODE_SECONDS for an ImageBlur (0),
 STANDIN_BOOT_SECONDS before it listens (0), STANDIN_LEDGER a file that gets one JSON line whenever a
-prompt starts and ends.
+prompt starts and ends, and when one ends the process.
 
-POST /standin/cut-sockets, a call of its own, cuts every websocket as a broken line does.
+Calls of its own: POST /standin/cut-sockets cuts every websocket as a broken line does; POST /standin/sockets
+with {"mode": ...} has them "refuse" (503, as a proxy that knows none), "mute" (nothing is ever sent), "close"
+(after each message), or "open" again.
 """
 
 import argparse
@@ -24,6 +31,7 @@ import bisect
 import colorsys
 import contextlib
 import copy
+import errno
 import functools
 import hashlib
 import io
@@ -47,8 +55,10 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from aiohttp import web
 from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
@@ -101,10 +111,14 @@ class Server:
         self.loop = asyncio.get_running_loop()
         self.outbox: asyncio.Queue[tuple[str | int, Any, str | None]] = asyncio.Queue()
         self.sockets: dict[str, web.WebSocketResponse] = {}
+        self.socket_mode = "open"
         self.number = 0
         self.client_id: str | None = None  # of the prompt that runs, or ran last
         self.last_node_id: str | None = None
         self.executor = Executor(self, settings)
+        nodes = settings.models.parent / "custom_nodes"
+        self.web_folders = {path.parent.name: path for path in nodes.glob("*/web") if path.is_dir()}
+        """The web files of custom nodes, whose WEB_DIRECTORY is ./web."""
 
     def app(self) -> web.Application:
         """Make the application; every call is served under /api/, too."""
@@ -125,8 +139,14 @@ class Server:
             app.router.add_get(prefix + "/system_stats", self.system_stats)
             app.router.add_get(prefix + "/object_info", self.object_info)
             app.router.add_get(prefix + "/object_info/{name}", self.object_info)
+            app.router.add_get(prefix + "/extensions", self.extensions)
+            app.router.add_get(prefix + "/global_subgraphs", self.subgraphs)
+            app.router.add_get(prefix + "/global_subgraphs/{id}", self.subgraphs)
+        for name, folder in self.web_folders.items():
+            app.router.add_static(f"/extensions/{name}", folder)
         app.router.add_get("/", self.index)
         app.router.add_post("/standin/cut-sockets", self.cut_sockets)
+        app.router.add_post("/standin/sockets", self.change_sockets)
         return app
 
     def send(self, event: str | int, data: Any, client_id: str | None = None) -> None:
@@ -150,14 +170,20 @@ class Server:
     async def deliver(self, event: str | int, data: Any, client_id: str | None) -> None:
         """Send one message now; an event that is a number makes a binary frame."""
         for each in [each for sid, each in self.sockets.items() if client_id in (None, sid)]:
+            if self.socket_mode == "mute":
+                continue
             with contextlib.suppress(ConnectionError):
                 if isinstance(event, int):
                     await each.send_bytes(struct.pack(">I", event) + data)
                 else:
                     await each.send_json({"type": event, "data": data})
+                if self.socket_mode == "close":
+                    await each.close()
 
     async def websocket(self, request: web.Request) -> web.WebSocketResponse:
         """Greet a client; if its prompt is running, name the node that is at work."""
+        if self.socket_mode == "refuse":
+            raise web.HTTPServiceUnavailable
         socket = web.WebSocketResponse()
         await socket.prepare(request)
         sid = request.query.get("clientId", "") or uuid.uuid4().hex
@@ -182,6 +208,11 @@ class Server:
             if connection is not None:
                 with contextlib.suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)
+        return web.Response()
+
+    async def change_sockets(self, request: web.Request) -> web.Response:
+        """Be one whose websockets are of no use, or of use again."""
+        self.socket_mode = (await request.json())["mode"]
         return web.Response()
 
     async def get_prompt(self, _: web.Request) -> web.Response:
@@ -213,6 +244,7 @@ class Server:
             logging.warning("invalid prompt: %s", error)
             return refuse(error, node_errors)
         if extra_data is not None:
+            self.executor.secrets[prompt_id] = {key: extra_data[key] for key in SECRETS if key in extra_data}
             extra_data = {key: value for key, value in extra_data.items() if key not in SECRETS}
             extra_data["create_time"] = now_ms()
         self.executor.put(Job(number, prompt_id, body["prompt"], extra_data, outputs))
@@ -304,11 +336,53 @@ class Server:
         stats = copy.deepcopy(load_recordings()["system_stats"]["body"])
         stats["system"] |= {"python_version": platform.python_version(), "argv": sys.argv}
         stats["system"]["pytorch_version"] = "stand-in"
+        with contextlib.suppress(metadata.PackageNotFoundError):  # as one whose requirements are installed
+            stats["system"]["required_frontend_version"] = metadata.version("comfyui-frontend-package")
         return web.json_response(stats)
+
+    async def extensions(self, _: web.Request) -> web.Response:
+        """List the scripts of the editor, of which there are none but one, and those of custom nodes."""
+        found = [
+            f"/extensions/{quote(name)}/{path.relative_to(folder).as_posix()}"
+            for name, folder in self.web_folders.items()
+            for path in folder.rglob("*.js")
+        ]
+        return web.json_response(["/extensions/core/groupNode.js", *found])
+
+    async def subgraphs(self, request: web.Request) -> web.Response:
+        """List one subgraph, or give it whole."""
+        entry = {"source": "templates", "name": "Blur", "info": {"node_pack": "comfyui"}}
+        if "id" not in request.match_info:
+            return web.json_response({"a1": entry})
+        status = 200 if request.match_info["id"] == "a1" else 404
+        return web.json_response(entry | {"data": json.dumps(BLUEPRINT)}, status=status)
 
     async def object_info(self, request: web.Request) -> web.Response:
         names = [name for name in NODES if request.match_info.get("name", name) == name]
         return web.json_response({name: describe_node(name, self.settings) for name in names})
+
+
+BLUEPRINT = {
+    "version": 0.4,
+    "last_node_id": 1,
+    "last_link_id": 0,
+    "nodes": [
+        {"id": 1, "type": "5f0b3c1e-8d0a-4a51-9d0e-2a8f0c6f7b11", "pos": [0, 0], "size": [200, 100], "flags": {}, "order": 0,
+         "mode": 0, "inputs": [], "outputs": [], "properties": {}, "widgets_values": []}
+    ],
+    "links": [],
+    "groups": [],
+    "definitions": {
+        "subgraphs": [
+            {"id": "5f0b3c1e-8d0a-4a51-9d0e-2a8f0c6f7b11", "version": 1, "revision": 0, "config": {}, "name": "Blur",
+             "state": {"lastGroupId": 0, "lastNodeId": 0, "lastLinkId": 0, "lastRerouteId": 0},
+             "inputNode": {"id": -10, "bounding": [0, 0, 120, 60]}, "outputNode": {"id": -20, "bounding": [400, 0, 120, 60]},
+             "inputs": [], "outputs": [], "widgets": [], "nodes": [], "groups": [], "links": [], "extra": {}}
+        ]
+    },
+    "extra": {},
+}  # fmt: skip
+"""A workflow of one node, which is a subgraph: the editor refuses one without."""
 
 
 def refuse(error: JSON, node_errors: JSON | None = None) -> web.Response:
@@ -331,8 +405,10 @@ def is_inside(root: Path, path: Path) -> bool:
 
 def locate_input(settings: Settings, name: str) -> Path:
     """Find a file named as LoadImage names it: in input/, unless it ends in [output], [input] or [temp]."""
-    annotated = re.fullmatch(r"(.*?) ?\[(output|input|temp)\]", name)
-    return settings.folders[annotated[2]] / annotated[1] if annotated else settings.folders["input"] / name
+    for place in ("output", "input", "temp"):
+        if name.endswith(f"[{place}]"):
+            return settings.folders[place] / name[: -len(f" [{place}]")]  # a blank is taken off without a look
+    return settings.folders["input"] / name
 
 
 def now_ms() -> int:
@@ -373,9 +449,10 @@ class Executor(threading.Thread):
         self.running: list[Job] = []
         self.history: dict[str, JSON] = {}
         self.cache: dict[str, Cached] = {}
+        self.secrets: dict[str, JSON] = {}  # what nodes see of extra_data and nobody else
         self.free_memory = False
         self.interrupt = threading.Event()
-        self.out_of_memory_count = 0
+        self.out_of_memory_count = self.full_disk_count = 0
 
     def put(self, job: Job) -> None:
         """Queue a prompt by its number."""
@@ -545,7 +622,10 @@ class Run:
             self.server.last_node_id = node_id
         self.tell("executing", names)
         self.executor.check_interrupt()
-        outputs, ui = NODES[self.nodes[node_id]["class_type"]].run(Call(self, node_id, self.gather_inputs(node_id)))
+        class_type, inputs = self.nodes[node_id]["class_type"], self.gather_inputs(node_id)
+        if unknown := inputs.keys() - self.known_inputs(node_id):
+            raise TypeError(f"{class_type}.run() got an unexpected keyword argument '{min(unknown)}'")
+        outputs, ui = NODES[class_type].run(Call(self, node_id, inputs))
         if ui:
             self.tell("executed", {**names, "output": ui})
         meta = {"node_id": node_id, "display_node": node_id, "parent_node": None, "real_node_id": node_id}
@@ -554,12 +634,21 @@ class Run:
         self.executed.append(node_id)
 
     def gather_inputs(self, node_id: str) -> JSON:
-        """Return a node's inputs, links replaced by what the other node returned."""
+        """Return a node's inputs, links replaced by what the other node returned.
+
+        A value that the node does not know is left out, a link is not.
+        """
         inputs = {}
+        known = self.known_inputs(node_id)
         for name, value in self.nodes[node_id]["inputs"].items():
             source = self.cached(value[0]) if is_link(value) else None
-            inputs[name] = source.outputs[value[1]] if source else value
+            if source or name in known:
+                inputs[name] = source.outputs[value[1]] if source else value
         return inputs
+
+    def known_inputs(self, node_id: str) -> set[str]:
+        """Name the inputs that a node knows."""
+        return {name for name, _, _ in list_inputs(self.nodes[node_id]["class_type"], self.settings)}
 
     def cached(self, node_id: str) -> Cached | None:
         """Look a node up in the cache."""
@@ -573,8 +662,13 @@ class Run:
             if node["class_type"] == "LoadImage":  # runs again when the file has changed
                 path = locate_input(self.settings, node["inputs"]["image"])
                 parts.append(hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else random.random())
+            if node["class_type"] == "SaveImageWebsocket":  # as its IS_CHANGED says
+                parts.append(time.time())
             for name, value in sorted(node["inputs"].items()):
-                parts.append([name, "link", self.digest(value[0]), value[1]] if is_link(value) else [name, value])
+                is_fed = (
+                    is_link(value) and value[0] in self.nodes
+                )  # a link to no node ends only the run that needs it
+                parts.append([name, "link", self.digest(value[0]), value[1]] if is_fed else [name, value])
             self.digests[node_id] = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
         return self.digests[node_id]
 
@@ -623,8 +717,13 @@ def is_link(value: object) -> bool:
 
 
 def is_output(node: JSON) -> bool:
-    """Tell whether a workflow's node is one that ends a branch: here, as mostly, one that returns nothing."""
-    return not NODES[node["class_type"]].outputs
+    """Tell whether a workflow's node is one that ends a branch: as mostly, one that returns nothing."""
+    return is_output_class(node["class_type"])
+
+
+def is_output_class(name: str) -> bool:
+    """Tell the same of a class."""
+    return not NODES[name].outputs or name == "StandinPassPreview"
 
 
 # --- Validation ------------------------------------------------------------------------------------
@@ -887,7 +986,7 @@ def describe_node(name: str, settings: Settings) -> JSON:
             "description": own.run.__doc__,
             "python_module": "comfyui_standin",
             "category": "stand-in",
-            "output_node": not own.outputs,
+            "output_node": is_output_class(name),
         }
     info: JSON = copy.deepcopy(recorded["body"][name])
     required = info["input"]["required"]
@@ -897,10 +996,26 @@ def describe_node(name: str, settings: Settings) -> JSON:
             file for file in files if "image/" in str(mimetypes.guess_type(file, strict=False)[0])
         )
     if name == "CheckpointLoaderSimple":
-        root = settings.models / "checkpoints"  # a link, or full of links, as may be
-        paths = [Path(folder, file) for folder, _, files in os.walk(root, followlinks=True) for file in files]
-        required["ckpt_name"][0] = sorted(str(p.relative_to(root)) for p in paths if p.suffix in MODEL_SUFFIXES)
+        required["ckpt_name"][0] = list_models(settings.models / "checkpoints")
     return info
+
+
+_listed: dict[Path, tuple[list[str], dict[str, float]]] = {}
+
+
+def list_models(root: Path) -> list[str]:
+    """Return the models below a folder, read anew only when the time of one of its folders has changed.
+
+    Mountpoint never changes it. A folder that was there and cannot be asked any more raises OSError, as in ComfyUI.
+    """
+    names, times = _listed.get(root, ([], {}))
+    is_unchanged = all(Path(folder).stat().st_mtime == time for folder, time in times.items())
+    if not is_unchanged or str(root) not in times:
+        walked = list(os.walk(root, followlinks=True))  # a link, or full of links, as may be; or not there
+        paths = [Path(folder, file) for folder, _, files in walked for file in files]
+        names = sorted(str(path.relative_to(root)) for path in paths if path.suffix in MODEL_SUFFIXES)
+        _listed[root] = names, {folder: Path(folder).stat().st_mtime for folder, _, _ in walked}
+    return names
 
 
 @functools.cache
@@ -946,6 +1061,12 @@ def empty_image(call: Call) -> Result:
     """Make pictures of one colour."""
     picture = Image.new("RGB", (call["width"], call["height"]), f"#{call['color']:06x}")
     return [Frames([picture] * call["batch_size"])], {}
+
+
+@node("ImageInvert", "IMAGE", image=IMAGE)
+def invert_image(call: Call) -> Result:
+    """Turn each colour into its opposite."""
+    return [Frames(ImageOps.invert(each) for each in call["image"])], {}
 
 
 @node("ImageBlur", "IMAGE", image=IMAGE, blur_radius=number("INT", 1, 1, 31), sigma=number("FLOAT", 1.0, 0.1, 10.0))
@@ -1100,10 +1221,106 @@ def run_out_of_memory(call: Call) -> Result:
     return pass_image(call)
 
 
-@node("StandinCrash", "IMAGE", image=OPTIONAL_IMAGE)
-def crash(_: Call) -> Result:
+@node("StandinFullDisk", "IMAGE", image=OPTIONAL_IMAGE, times=number("INT", 1, 0, 1000, optional=True))
+def run_into_a_full_disk(call: Call) -> Result:
+    """Fail as a saver does where the disk is full."""
+    executor = call.run.executor
+    if executor.full_disk_count < call.inputs.get("times", math.inf):
+        executor.full_disk_count += 1
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return pass_image(call)
+
+
+@node(
+    "SaveImageDataSetToFolder",
+    images=IMAGE,
+    folder_name=text("dataset"),
+    filename_prefix=text("image"),
+    mode=choice("overwrite", "increment"),
+)
+def save_data_set(call: Call) -> Result:
+    """Write pictures of fixed names in a folder, as ComfyUI's own node does: it makes that folder and no other."""
+    folder = call.run.settings.folders["output"] / call["folder_name"]
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, picture in enumerate(call["images"]):
+        picture.save(folder / f"{call['filename_prefix']}_{index:05d}.png")
+    return [], {}
+
+
+@node("StandinSaveBlind", images=IMAGE, output_path=text(""), filename_prefix=text())
+def save_blindly(call: Call) -> Result:
+    """Write pictures as WAS Image Save does: without the prefix's folder, and without a word where that fails."""
+    root = call.run.settings.folders["output"]
+    folder = root / call["output_path"]
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for index, picture in enumerate(call["images"]):
+        name = f"{call['filename_prefix']}_{index + 1:04}.png"
+        try:
+            picture.save(folder / name)
+        except OSError as error:
+            logging.info("Unable to save file to: %s (%s)", folder / name, error)
+        else:
+            entries.append({"filename": name, "subfolder": str(folder.relative_to(root)), "type": "output"})
+    return [], {"images": entries} if entries else {}
+
+
+@node("StandinShow", write=text("{}"), ui=text("{}"), folder=["STRING", {"optional": True}])
+def show(call: Call) -> Result:
+    """Write files, given as JSON, path below the folders' parent (output/a.txt) -> content, and show `ui`, JSON, too."""
+    for path, content in json.loads(call["write"]).items():
+        kind, _, rest = path.partition("/")
+        target = call.run.settings.folders[kind] / rest
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(content)
+    return [], json.loads(call["ui"])
+
+
+@node("SaveImageWebsocket", images=IMAGE)
+def send_pictures(call: Call) -> Result:
+    """Send pictures over the websocket, as PNG, and nothing into history."""
+    run, images = call.run, call["images"]
+    for step, picture in enumerate(images):
+        run.update_progress(call.node_id, "running", step, len(images))
+        progress = {"value": step, "max": len(images), "prompt_id": run.prompt_id, "node": call.node_id}
+        run.server.send("progress", progress, run.server.client_id)
+        frame = io.BytesIO(struct.pack(">I", 2))  # a PNG
+        frame.seek(0, io.SEEK_END)
+        picture.save(frame, "PNG")
+        run.server.send(1, frame.getvalue(), run.server.client_id)
+    return [], {}
+
+
+@node("StandinText", "STRING", text=text(""))
+def give_text(call: Call) -> Result:
+    """Give a text, for an input that comes over a link."""
+    return [call["text"]], {}
+
+
+@node("StandinPassPreview", "IMAGE", image=IMAGE)
+def pass_preview(call: Call) -> Result:
+    """Show a picture in temp/ and pass it on, as bridges and comparers do."""
+    name = f"pass_{uuid.uuid4().hex}.png"
+    call["image"][0].save(call.run.settings.folders["temp"] / name)
+    return [call["image"]], {"images": [{"filename": name, "subfolder": "", "type": "temp"}]}
+
+
+@node(
+    "StandinCrash",
+    "IMAGE",
+    image=OPTIONAL_IMAGE,
+    seconds=number("FLOAT", 0.2, 0.0, 86400.0, optional=True),
+    once=["STRING", {"optional": True}],
+)
+def crash(call: Call) -> Result:
     """Die as a process does that the kernel kills, in the middle of the job."""
-    time.sleep(0.2)  # the answer to POST /prompt gets out first
+    if once := call.inputs.get("once"):
+        try:
+            Path(once).touch(exist_ok=False)
+        except FileExistsError:
+            return pass_image(call)
+    time.sleep(call.inputs.get("seconds", 0.2))  # by default the answer to POST /prompt gets out first
+    call.run.executor.write_ledger("died", call.run.prompt_id)
     os._exit(1)
 
 
@@ -1111,6 +1328,22 @@ def crash(_: Call) -> Result:
 def kill_executor(_: Call) -> Result:
     """End the executor thread: the job stays in queue_running for ever, and HTTP still answers."""
     raise SystemExit
+
+
+@node("StandinApi", image=OPTIONAL_IMAGE, out=choice("text", "error", "block"))
+def call_api(call: Call) -> Result:
+    """Let out the key that came with the prompt, as careless nodes do."""
+    key = call.run.executor.secrets.get(call.run.prompt_id, {}).get("api_key_comfy_org")
+    said = f"Unauthorized: the key {key} is not known"
+    if call["out"] == "error":
+        raise RuntimeError(said)
+    if call["out"] == "block":
+        where = {"prompt_id": call.run.prompt_id, "node_id": call.node_id, "node_type": "StandinApi", "executed": []}
+        what = {"exception_type": "ExecutionBlocked", "exception_message": said}
+        call.run.tell(
+            "execution_error", where | what | {"traceback": [], "current_inputs": [], "current_outputs": []}
+        )
+    return [], {"text": [said]}
 
 
 @node("StandinBlock", "IMAGE", image=OPTIONAL_IMAGE)

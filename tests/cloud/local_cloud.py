@@ -12,18 +12,18 @@ from __future__ import annotations
 import ast
 import configparser
 import functools
+import gc
 import io
 import json
 import logging
 import os
+import random
 import re
 import shlex
 import shutil
 import signal
 import socket
 import subprocess
-import sys
-import tempfile
 import threading
 import time
 import uuid
@@ -40,6 +40,11 @@ from xml.sax.saxutils import escape
 
 import boto3
 import local_iam
+import local_network
+import local_storage
+from aws_cli_server import AWS_CLI_SOCKET, AwsCliServer
+from local_news import LateNews
+from local_pool import Launches
 from moto.autoscaling.models import InstanceState
 from moto.backends import get_backend
 from moto.core.exceptions import ServiceException
@@ -57,11 +62,13 @@ from werkzeug.serving import make_server
 
 logger = logging.getLogger("local_cloud")
 
+# Moto has read what each region offers into 150,000 objects: the collector need not go through them again and again.
+gc.freeze()
+
 # Moto counts a queue's messages anew for each that is sent, and asks the clock four times for each of them.
 # Its own clock takes some 6 µs, so that a queue of a thousand messages took 50 a second.
 vars(sqs_models)["unix_time_millis"] = lambda: time.time() * 1000
 
-AWS_CLI_SOCKET = "LOCAL_AWS_CLI"  # names it in the environment of those who may use it
 ACCOUNT_ID, REGION = local_iam.ACCOUNT_ID, local_iam.REGION
 INSTALL_DIR = "/home/ubuntu/comfy"  # where the units expect the bundle; each instance has its own copy
 FAULTLESS_KEY = "faultless"  # the access key of those who watch the cloud: they meet no faults
@@ -132,29 +139,42 @@ class Activity:
 class LocalCloud:
     """AWS on loopback. `with LocalCloud(folder) as cloud:` starts it and ends everything it started."""
 
-    def __init__(self, folder: Path, *, restart_s: float | None = None, metrics_period_s: float = 60.0) -> None:
-        """`restart_s` stands for the units' own RestartSec, `metrics_period_s` for AWS's minute."""
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        restart_s: float | None = None,
+        metrics_period_s: float = 60.0,
+        machine: type[Machine] | None = None,
+    ) -> None:
+        """`restart_s` stands for the units' own RestartSec, `metrics_period_s` for AWS's minute; see Machine."""
         self.folder = folder.resolve()
         self.restart_s = restart_s
         self.metrics_period_s = metrics_period_s
         self.machines: dict[str, Machine] = {}
+        self.machine = machine or Machine
         self.terminations: dict[str, Termination] = {}
+        self.launches = Launches(self)
         self.activities: list[Activity] = []
         self.launch_failure: str | None = None
         """Tests set it: the StatusMessage with which no group gets an instance, such as a lack of capacity."""
         self.fault: Callable[[str, str], Fault | None] = lambda _service, _operation: None
         """Tests set it: (service, operation) -> what to answer instead. S3 operations are HTTP methods."""
+        self.late_news: LateNews | None = None
+        """Tests set it, for a time in which AWS is slow to know what has been made."""
         self.policies: dict[str, Callable[[], list[Any]]] = {}
         """By access key: what returns the caller's policies, read at each call. Who has none may do all."""
         self.denied: list[str] = []
         """Every call that was refused for want of a permission, in AWS's words."""
-        self._base_folders: dict[str, Path] = {}
+        self._bases: set[str] = set()
         self._launched_at: dict[str, float] = {}
         self._measured_at = time.monotonic()
         self._points: dict[str, deque[float | None]] = {}  # of the alarms that look at more than the last minute
         self.minutes = 0  # how often the alarms were evaluated
         self._lock = threading.RLock()
         self._sqs_lock, self._s3_lock = threading.Lock(), threading.Lock()
+        self._clients: dict[str, Any] = {}
+        self._clients_lock = threading.Lock()
         self._moto = DomainDispatcherApplication(create_backend_app)
         self._ended = threading.Event()
         # Moto's own thousand images take two seconds, and nobody asks for another than the first.
@@ -166,7 +186,8 @@ class LocalCloud:
         # Moto does not look at a bucket policy's conditions, so it would refuse everything for want of TLS.
         setattr(FakeBucket, "get_permission", lambda *_: PermissionResult.NEUTRAL)  # noqa: B010 - mypy forbids the other
         self._server = make_server("127.0.0.1", 0, self, threaded=True, request_handler=MotoRequestHandler)
-        self._aws_cli, self.aws_cli_socket = self._start_aws_cli()
+        self._aws_cli = None if AWS_CLI_SOCKET in os.environ else AwsCliServer()
+        self.aws_cli_socket = self._aws_cli.socket if self._aws_cli else os.environ[AWS_CLI_SOCKET]
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
 
     def __enter__(self) -> LocalCloud:
@@ -179,20 +200,8 @@ class LocalCloud:
         self._ended.set()
         self.switch_off_all()
         self._server.shutdown()
-        self._aws_cli.communicate()  # it ends when its standard input does
-        shutil.rmtree(Path(self.aws_cli_socket).parent)
-
-    def _start_aws_cli(self) -> tuple[subprocess.Popen[bytes], str]:
-        """Start the server of aws_cli.py. Callers wait at its socket while it still imports."""
-        folder = tempfile.mkdtemp(prefix="aws-cli-")  # not in self.folder: a socket's path may have 107 characters
-        path = f"{folder}/socket"
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(path)
-            listener.listen(64)
-            command = [sys.executable, str(CLOUD / "aws_cli.py"), str(listener.fileno())]
-            return subprocess.Popen(
-                command, stdin=subprocess.PIPE, pass_fds=[listener.fileno()], start_new_session=True
-            ), path
+        if self._aws_cli:
+            self._aws_cli.end()
 
     def environment(self) -> dict[str, str]:
         """Variables that make the CLI and boto3 use this cloud, and nothing else."""
@@ -209,14 +218,17 @@ class LocalCloud:
         }
 
     def client(self, service: str) -> Any:
-        """A boto3 client of this cloud, whatever the process environment says, which meets no faults."""
-        return boto3.client(
-            service,
-            endpoint_url=self.endpoint,
-            region_name=REGION,
-            aws_access_key_id=FAULTLESS_KEY,
-            aws_secret_access_key="local",
-        )
+        """A boto3 client of this cloud, whatever the process environment says, which meets no faults; made once."""
+        with self._clients_lock:
+            if service not in self._clients:
+                self._clients[service] = boto3.client(
+                    service,
+                    endpoint_url=self.endpoint,
+                    region_name=REGION,
+                    aws_access_key_id=FAULTLESS_KEY,
+                    aws_secret_access_key="local",
+                )
+            return self._clients[service]
 
     def allow_only(self, access_key: str, *policies: str) -> dict[str, str]:
         """Let a caller do what these policies say. Returns the variables that make a process this caller."""
@@ -263,6 +275,7 @@ class LocalCloud:
         public = ec2.create_route_table(VpcId=vpc)["RouteTable"]["RouteTableId"]
         ec2.create_route(RouteTableId=public, DestinationCidrBlock="0.0.0.0/0", GatewayId=gateway)
         ec2.associate_route_table(RouteTableId=public, SubnetId=subnets[0])
+        local_network.open_a_way_out(ec2, subnets[0], tables[0]["RouteTableId"])
         security_group = ec2.create_security_group(GroupName="comfy", Description="comfy", VpcId=vpc)["GroupId"]
         with suppress(iam.exceptions.EntityAlreadyExistsException):  # of another base
             iam.create_role(RoleName="comfy", AssumeRolePolicyDocument="{}")
@@ -278,8 +291,8 @@ class LocalCloud:
             IamInstanceProfile={"Name": "comfy"},
             TagSpecifications=[{"ResourceType": "instance", "Tags": [{"Key": "Name", "Value": "comfy-base"}]}],
         )["Instances"][0]["InstanceId"]
-        self._base_folders[instance_id] = folder.resolve()
-        machine = self.machines[instance_id] = Machine(self, instance_id, folder.resolve())
+        self._bases.add(instance_id)
+        machine = self.machines[instance_id] = self.machine(self, instance_id, folder.resolve())
         return machine
 
     # --- The clock ----------------------------------------------------------------------------------------
@@ -295,10 +308,11 @@ class LocalCloud:
     def _tick(self) -> None:
         """Give groups what they miss, boot it, end what EC2 has terminated, let hooks run out, look at alarms."""
         for group in list(self._autoscaling().autoscaling_groups.values()):
+            self.launches.tick(group)
             self._reconcile(group)
             for state in list(group.instance_states):
-                if state.instance_id not in self.machines and state.lifecycle_state == "InService":
-                    self._boot(state.instance)
+                if state.instance_id not in self.machines and state.lifecycle_state in ("InService", "Pending:Wait"):
+                    self.boot(state, "InService")
         for instance_id, machine in self.machines.items():
             instance = self._ec2_instance(instance_id)
             if machine.is_on() and (instance is None or instance.state in ("terminated", "shutting-down")):
@@ -313,11 +327,12 @@ class LocalCloud:
                 self._evaluate(alarm)
             self.minutes += 1
 
-    def _boot(self, instance: Any) -> None:
+    def boot(self, state: Any, target: str) -> None:
+        """Switch an instance on for the first time; `target` is what its group wants of it."""
+        instance = state.instance
         user_data = instance.user_data.decode() if instance.user_data else ""
-        machine = Machine(self, instance.id, self.folder / "instances" / instance.id)
-        self.machines[instance.id] = machine
-        group = self._state(instance.id).auto_scaling_group
+        machine = self.machine(self, instance.id, self.folder / "instances" / instance.id)
+        group = state.auto_scaling_group
         profile = local_iam.template_data(group.ec2_launch_template, group.launch_template_version).get(
             "IamInstanceProfile"
         )
@@ -325,6 +340,8 @@ class LocalCloud:
             self.policies[instance.id] = lambda: local_iam.policies_of_profile(profile)
             machine.give_credentials(instance.id)
         machine.boot(self.folder / "images" / instance.image_id, user_data)
+        machine.metadata["autoscaling/target-lifecycle-state"] = target
+        self.machines[instance.id] = machine  # last: whoever finds it here may change what it is told
 
     def _autoscaling(self) -> Any:
         return get_backend("autoscaling")[ACCOUNT_ID][REGION]
@@ -346,8 +363,10 @@ class LocalCloud:
 
     def _reconcile(self, group: Any, cause: str = "") -> None:
         """Launch what the group misses or take out what is too much. `cause` is empty where only time went by."""
-        before, wanted = len(group.active_instances()), group.desired_capacity
-        if before == wanted:
+        there = [state for state in group.instance_states if state.lifecycle_state in ("InService", "Pending:Wait")]
+        before, wanted = len(there), group.desired_capacity
+        is_suspended = any(process["ProcessName"] == "Launch" for process in group.suspended_processes)
+        if before == wanted or (wanted > before and is_suspended):
             return
         verb, side = ("started", "increasing") if wanted > before else ("taken out of service", "shrinking")
         difference = (
@@ -362,12 +381,11 @@ class LocalCloud:
 
     def _launch(self, group: Any, count: int, cause: str, *, asked: bool) -> None:
         failure = self.launch_failure
-        known = {state.instance_id for state in group.instance_states}
-        template = group.ec2_launch_template
-        version = str(template.get_version(group.launch_template_version).number) if template else None
-        if failure is None:
+        count -= self.launches.from_pool(group, count)
+        launched: list[Any] = []
+        if failure is None and count:
             try:
-                group.replace_autoscaling_group_instances(count, group.get_propagated_tags())
+                launched = self.new_instances(group, count)
             except ServiceException as error:  # an image that is gone, for example
                 failure = f"{error} Launching EC2 instance failed."
         if failure is not None:
@@ -375,18 +393,31 @@ class LocalCloud:
                 group, f"Launching a new EC2 instance.  Status Reason: {failure}", cause, "Failed", failure, asked
             )
             return
-        for state in group.instance_states:
-            if state.instance_id not in known:
-                state.launched_version = version
-                self._launched_at[state.instance_id] = time.monotonic()
-                template = group.ec2_launch_template
-                if template is not None:  # moto forgets the tags
-                    state.instance.add_tags(
-                        local_iam.template_tags(template, group.launch_template_version).get("instance", {})
-                        | {"aws:ec2launchtemplate:id": template.id}
-                    )
-                description = f"Launching a new EC2 instance: {state.instance_id}"
-                self.activities.append(Activity(group.name, group.arn, description, cause, "Successful"))
+        for state in launched:
+            self.launches.begin(state, "Pending")
+            description = f"Launching a new EC2 instance: {state.instance_id}"
+            self.activities.append(Activity(group.name, group.arn, description, cause, "Successful"))
+
+    def new_instances(self, group: Any, count: int) -> list[Any]:
+        """Have EC2 make instances for a group."""
+        known = {state.instance_id for state in group.instance_states}
+        template = group.ec2_launch_template
+        version = str(template.get_version(group.launch_template_version).number) if template else None
+        group.replace_autoscaling_group_instances(count, group.get_propagated_tags())
+        launched = [state for state in group.instance_states if state.instance_id not in known]
+        for state in launched:
+            state.launched_version = version
+            self._launched_at[state.instance_id] = time.monotonic()
+            if template is not None:  # moto forgets the tags
+                state.instance.add_tags(
+                    local_iam.template_tags(template, group.launch_template_version).get("instance", {})
+                    | {"aws:ec2launchtemplate:id": template.id}
+                )
+        return launched
+
+    def hooks(self, group_name: str) -> list[Any]:
+        """A group's lifecycle hooks."""
+        return list(self._autoscaling().describe_lifecycle_hooks(group_name))
 
     def _scale_in(self, group: Any, count: int, cause: str, *, asked: bool) -> None:
         """AWS takes no instance that is protected, and lets the others pass through their hook."""
@@ -489,6 +520,18 @@ class LocalCloud:
         refusal = self._refuse_without_permission(who, service, action, environ, body, parameters)
         if refusal is not None:
             return self._answer_fault(refusal, start_response, service, json_protocol=bool(target))
+        if local_storage.has_run_out(environ["QUERY_STRING"]):
+            late_fault = Fault(403, "AccessDenied", message="Request has expired")
+            return self._answer_fault(late_fault, start_response, "s3", json_protocol=False)
+        if self.late_news is not None and who != FAULTLESS_KEY:
+            late = self.late_news.answer(service, action, json.loads(body) if target else parameters, environ)
+            if isinstance(late, tuple):
+                status, code, message = late
+                late_fault = Fault(status, code, message=message)
+                return self._answer_fault(late_fault, start_response, service, json_protocol=bool(target))
+            if late is not None:
+                start_response("200 OK", [("Content-Type", "text/xml")])
+                return [late.encode()]
         if service == "s3" and action == "GET" and environ["QUERY_STRING"] == "notification":
             return self._answer_notifications(environ, start_response)
         handler = getattr(self, f"_on_{service}_{action}", None)
@@ -499,7 +542,8 @@ class LocalCloud:
             # Moto's SQS loses messages and its S3 overwrites objects when two calls come at the same moment.
             # A file that comes into input/jobs/ may be a message, too.
             is_sent = service == "sqs" or "/input/jobs/" in environ["PATH_INFO"]
-            lock = self._sqs_lock if is_sent else self._s3_lock if "HTTP_IF_NONE_MATCH" in environ else None
+            is_conditional = "HTTP_IF_NONE_MATCH" in environ or "HTTP_IF_MATCH" in environ
+            lock = self._sqs_lock if is_sent else self._s3_lock if is_conditional else None
             with lock or nullcontext():
                 return [b"".join(self._moto(environ, start_response))]
 
@@ -553,7 +597,12 @@ class LocalCloud:
         message = f"User: {who} is not authorized to perform: {missing[0].action} on resource: {missing[0].resource}"
         self.denied.append(message)
         logger.warning(message)
-        return Fault(403, "UnauthorizedOperation" if service == "ec2" else "AccessDenied", message=message)
+        codes = {
+            "ec2": "UnauthorizedOperation",
+            "tagging": "AccessDeniedException",
+            "servicequotas": "AccessDeniedException",
+        }
+        return Fault(403, codes.get(service, "AccessDenied"), message=message)
 
     def _answer_notifications(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         """What moto keeps but does not tell: that the bucket's events go to EventBridge."""
@@ -615,15 +664,8 @@ class LocalCloud:
         image_id = match[1].decode()
         if snapshot_tags:
             self._ec2().create_tags([self._ec2().amis[image_id].ebs_snapshot.id], snapshot_tags)
-        folder = self._base_folders.get(parameters["InstanceId"])
-        if folder:
-            # A mounted bucket is no part of the machine's disk, so no part of its image.
-            shutil.copytree(
-                folder,
-                self.folder / "images" / image_id,
-                symlinks=True,
-                ignore=lambda parent, _: {"s3"} if Path(parent) == folder else set(),
-            )
+        if parameters["InstanceId"] in self._bases:
+            self.machines[parameters["InstanceId"]].copy_disk(self.folder / "images" / image_id)
         return answer
 
     def _on_autoscaling_CreateAutoScalingGroup(  # noqa: N802
@@ -748,6 +790,9 @@ class LocalCloud:
     def _on_autoscaling_CompleteLifecycleAction(  # noqa: N802
         self, parameters: dict[str, str], _: Callable[[], bytes]
     ) -> str:
+        if (wait := self.launches.wait_of(parameters)) is not None:
+            self.launches.proceed(wait.state)
+            return ""
         self._termination(parameters)
         self._proceed(parameters["InstanceId"])
         return ""
@@ -755,6 +800,9 @@ class LocalCloud:
     def _on_autoscaling_RecordLifecycleActionHeartbeat(  # noqa: N802
         self, parameters: dict[str, str], _: Callable[[], bytes]
     ) -> str:
+        if (wait := self.launches.wait_of(parameters)) is not None:
+            self.launches.beat(wait)
+            return ""
         termination = self._termination(parameters)
         termination.deadline = time.monotonic() + termination.heartbeat_s
         return ""
@@ -822,7 +870,7 @@ class LocalCloud:
         self.activities.append(activity)
         hooks = [
             hook
-            for hook in self._autoscaling().describe_lifecycle_hooks(group_name)
+            for hook in self.hooks(group_name)
             if hook.lifecycle_transition == "autoscaling:EC2_INSTANCE_TERMINATING"
         ]
         if state.instance_id in self.machines:
@@ -835,6 +883,10 @@ class LocalCloud:
         deadline = time.monotonic() + heartbeat_s
         self.terminations[state.instance_id] = Termination(group_name, hooks[0].name, deadline, heartbeat_s)
         return activity
+
+    def terminate(self, instance_id: str) -> None:
+        """EC2 ends the instance. Called under the lock, for which a call to EC2 would wait."""
+        self._ec2().terminate_instances([instance_id])
 
     def _proceed(self, instance_id: str) -> None:
         """Past the hook: the machine is shut down and leaves the group."""
@@ -850,7 +902,7 @@ class LocalCloud:
             with self._lock:
                 group = state.auto_scaling_group
                 group.instance_states = [other for other in group.instance_states if other is not state]
-                self._ec2().terminate_instances([instance_id])
+                self.terminate(instance_id)
                 for activity in self.activities:
                     if activity.description == f"Terminating EC2 instance: {instance_id}":
                         activity.status_code, activity.ended = "Successful", datetime.now(UTC)
@@ -859,7 +911,10 @@ class LocalCloud:
 
 
 class Machine:
-    """One EC2 instance: a folder, a metadata service, and the services its units name."""
+    """One EC2 instance: a folder, a metadata service, and the services its units name.
+
+    tests/machine has another kind, with an operating system of its own.
+    """
 
     def __init__(self, cloud: LocalCloud, instance_id: str, folder: Path) -> None:
         self.cloud = cloud
@@ -870,6 +925,7 @@ class Machine:
         self.off = threading.Event()
         self.services: dict[str, subprocess.Popen[bytes]] = {}
         self.booted = False
+        self._starting: threading.Thread | None = None
         self.booted_at = int(time.time())
         self.metadata: dict[str, str] = {
             "instance-id": instance_id,
@@ -917,9 +973,19 @@ class Machine:
             }
         )
 
+    def copy_disk(self, image: Path) -> None:
+        """Make an image of it. A mounted bucket is no part of the machine's disk, so no part of its image."""
+        shutil.copytree(
+            self.folder,
+            image,
+            symlinks=True,
+            ignore=lambda parent, _: {"s3"} if Path(parent) == self.folder else set(),
+        )
+
     def boot(self, image: Path, user_data: str) -> None:
         """Start as a machine does: disk from the image, then cloud-init and the services side by side."""
         self.metadata["autoscaling/target-lifecycle-state"] = "InService"
+        self.metadata["user-data"] = user_data
 
         def start() -> None:
             # An image that was not made of a base folder has nothing to run.
@@ -928,10 +994,31 @@ class Machine:
             shutil.copytree(image, self.folder, symlinks=True)
             self.booted = True
             threading.Thread(target=self._run_cloud_init, args=(user_data,), daemon=True).start()
-            for unit in sorted((self.folder / "systemd").glob("*.service")):
-                threading.Thread(target=self._run_service, args=(unit,), daemon=True).start()
+            self._start_services()
 
-        threading.Thread(target=start, daemon=True).start()
+        self._starting = threading.Thread(target=start, daemon=True)
+        self._starting.start()
+
+    def _start_services(self) -> None:
+        for unit in sorted((self.folder / "systemd").glob("*.service")):
+            if unit.name == "comfy-gateway.service":
+                continue  # it is installed where serve is wanted, and on no instance of a fleet
+            threading.Thread(target=self._run_service, args=(unit,), daemon=True).start()
+
+    def power_off(self) -> None:
+        """Stop it as soon as it has its disk. What is cut off of its first boot then never comes."""
+        if self._starting is not None:
+            self._starting.join()
+        if not self.off.is_set():
+            self.off.set()
+            self._end_services()
+
+    def power_on(self) -> None:
+        """Start it again: its services run, its user data does not."""
+        self.off.clear()
+        self.booted_at = int(time.time())
+        self.metadata["autoscaling/target-lifecycle-state"] = "InService"
+        self._start_services()
 
     def is_on(self) -> bool:
         """Whether it has not been switched off."""
@@ -947,23 +1034,30 @@ class Machine:
         self.off.set()
 
         def end() -> None:
-            processes = list(self.services.values())
-            for process in processes:
-                with suppress(ProcessLookupError):
-                    process.terminate()
-            limit = time.monotonic() + SHUTDOWN_S
-            for process in processes:
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(max(0.0, limit - time.monotonic()))
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            self._metadata_server.shutdown()
-            self._metadata_server.server_close()
+            self._end_services()
+            self.end_metadata()
 
         thread = threading.Thread(target=end)
         thread.start()
         return thread
+
+    def _end_services(self) -> None:
+        processes = list(self.services.values())
+        for process in processes:
+            with suppress(ProcessLookupError):
+                process.terminate()
+        limit = time.monotonic() + SHUTDOWN_S
+        for process in processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, limit - time.monotonic()))
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def end_metadata(self) -> None:
+        """The machine is gone, and its metadata service with it."""
+        self._metadata_server.shutdown()
+        self._metadata_server.server_close()
 
     def _run_cloud_init(self, user_data: str) -> None:
         script = self.side / "user-data"
@@ -1022,8 +1116,8 @@ def user_data_of(version: Any) -> Any:
     return parse_user_data(user_data) if isinstance(user_data, str) else user_data
 
 
-InstanceState.launch_template = property(version_at_launch)  # type: ignore[assignment,method-assign]
-LaunchTemplateVersion.user_data = property(user_data_of)  # type: ignore[assignment,method-assign]
+InstanceState.launch_template = property(version_at_launch)
+LaunchTemplateVersion.user_data = property(user_data_of)
 
 
 def get_service_quota(_: Any, service_code: str, quota_code: str) -> dict[str, Any]:
@@ -1044,7 +1138,7 @@ def metadata_handler(machine: Machine) -> type[BaseHTTPRequestHandler]:
             if self.headers.get("X-aws-ec2-metadata-token") != "token-of-" + machine.instance_id:
                 self._answer(401, "")
                 return
-            value = machine.metadata.get(self.path.removeprefix("/latest/meta-data/"))
+            value = machine.metadata.get(self.path.removeprefix("/latest/").removeprefix("meta-data/"))
             self._answer(404 if value is None else 200, value or "")
 
         def _answer(self, status: int, text: str) -> None:
@@ -1124,7 +1218,9 @@ def keep_the_images_volume(add_block_device: Callable[..., None]) -> Callable[..
     return add
 
 
-Instance.add_block_device = keep_the_images_volume(Instance.add_block_device)  # type: ignore[method-assign]
+Instance.add_block_device = keep_the_images_volume(Instance.add_block_device)
+local_network.add_to_moto()
+local_storage.add_to_moto()
 
 
 def is_error(answer: bytes) -> bool:
@@ -1133,7 +1229,10 @@ def is_error(answer: bytes) -> bool:
 
 
 def free_port() -> int:
-    """A port nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody uses, below those that the kernel gives to connections: one of these may be taken again before
+    the server that is to have it is there."""
+    while True:
+        port = random.randrange(12_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

@@ -50,7 +50,7 @@ def is_allowed(policies: Iterable[dict[str, Any]], access: Access) -> bool:
 
 
 def _allows(statement: dict[str, Any], access: Access) -> bool:
-    if statement["Effect"] != "Allow" or statement.keys() - {"Effect", "Action", "Resource", "Condition"}:
+    if statement["Effect"] != "Allow" or statement.keys() - {"Sid", "Effect", "Action", "Resource", "Condition"}:
         raise ValueError(f"the statement {statement} is not understood")
     return (
         any(_matches(access.action.lower(), action.lower()) for action in _list(statement["Action"]))
@@ -133,7 +133,7 @@ def _arn(service: str, resource: str, region: str = REGION, account: str = ACCOU
 def _of_sqs(action: str, call: dict[str, Any]) -> list[Access]:
     name = call.get("QueueName") or call.get("QueueUrl", "").rpartition("/")[2]
     needed = [Access(action.removesuffix("Batch"), _arn("sqs", name))]
-    if call.get("tags"):
+    if call.get("tags") or "Tag.1.Key" in call:
         needed.append(Access("sqs:TagQueue", _arn("sqs", name)))
     return needed
 
@@ -164,8 +164,22 @@ def _of_s3(method: str, environ: dict[str, Any], body: bytes) -> list[Access]:
     needed = [Access("s3:PutObject", arn)]
     source = environ.get("HTTP_X_AMZ_COPY_SOURCE")
     if source:
-        needed.append(Access("s3:GetObject", f"arn:aws:s3:::{unquote(source).lstrip('/').partition('?')[0]}"))
+        path = unquote(source).lstrip("/").partition("?")[0]
+        needed.append(Access("s3:GetObject", f"arn:aws:s3:::{path}"))
+        if environ.get("HTTP_X_AMZ_TAGGING_DIRECTIVE") != "REPLACE" and _is_tagged(path):
+            needed += [
+                Access("s3:GetObjectTagging", f"arn:aws:s3:::{path}"),
+                Access("s3:PutObjectTagging", arn),
+            ]
     return needed
+
+
+def _is_tagged(path: str) -> bool:
+    """Whether an object, bucket/key, has tags, which a copy takes along."""
+    s3 = get_backend("s3")[ACCOUNT_ID]["aws"]
+    bucket, _, key = path.partition("/")
+    found = s3.get_object(bucket, key)
+    return bool(found and s3.get_object_tagging(found).get("Tags"))
 
 
 def _of_autoscaling(action: str, call: dict[str, str]) -> list[Access]:
@@ -241,13 +255,18 @@ def _of_ec2(action: str, call: dict[str, str]) -> list[Access]:
 def _of_cloudwatch(action: str, call: dict[str, Any]) -> list[Access]:
     if action == "cloudwatch:PutMetricData":
         return [Access(action, keys={"cloudwatch:namespace": call["Namespace"]})]
-    alarms = [*call.get("AlarmNames", []), *([call["AlarmName"]] if "AlarmName" in call else [])]
-    boards = [*call.get("DashboardNames", []), *([call["DashboardName"]] if "DashboardName" in call else [])]
+
+    def named(name: str) -> list[str]:
+        """One, or a list of them, in JSON or in the query of an older CLI."""
+        listed = [value for key, value in call.items() if key.startswith(f"{name}s.member.")]
+        return [*call.get(f"{name}s", []), *listed, *([call[name]] if name in call else [])]
+
+    alarms, boards = named("AlarmName"), named("DashboardName")
     arns = [_arn("cloudwatch", f"alarm:{name}") for name in alarms]
     arns += [_arn("cloudwatch", f"dashboard/{name}", region="") for name in boards]
     arns += [call["ResourceARN"]] if "ResourceARN" in call else []
     needed = [Access(action, arn) for arn in arns] or [Access(action)]
-    if call.get("Tags"):
+    if call.get("Tags") or "Tags.member.1.Key" in call:
         needed += [Access("cloudwatch:TagResource", arn) for arn in arns]
     return needed
 

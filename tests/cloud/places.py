@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import py_compile
 import shutil
+from functools import cache
 from pathlib import Path
 
 CLOUD = Path(__file__).resolve().parent
 TESTS = CLOUD.parent
 ROOT = TESTS.parent
-ROOMS = ("provision", "worker", "operate", "systemd")
+ROOMS = ("boot", "provision", "ground", "worker", "sender", "operate", "systemd")
 
 
 def copy_scripts(folder: Path, root: Path = ROOT) -> None:
@@ -28,6 +30,15 @@ def copy_bytecode(folder: Path) -> None:
 
 
 def copy_comfyui(folder: Path) -> None:
-    """The stand-in, in the place of ComfyUI's own files."""
-    shutil.copy2(CLOUD / "comfyui_standin.py", folder / "main.py")
-    shutil.copy2(CLOUD / "recordings.json", folder)
+    """The stand-in, in the place of ComfyUI's own files. A script is compiled at each start, a module is not."""
+    (folder / "main.py").write_text("from comfyui_standin import main\n\nmain()\n")
+    for name in ("comfyui_standin.py", "recordings.json"):
+        shutil.copy2(CLOUD / name, folder)
+    (folder / "__pycache__").mkdir(exist_ok=True)
+    shutil.copy2(compiled_standin(), folder / "__pycache__")
+
+
+@cache
+def compiled_standin() -> str:
+    """Where it is, compiled."""
+    return str(py_compile.compile(str(CLOUD / "comfyui_standin.py"), doraise=True))

@@ -113,7 +113,9 @@ class Replay:
             self.client.read_until("execution_start")  # else the second prompt may come before the first starts
         if step["body"] == "" or not isinstance(step["body"], str) or status == 500:
             self.skip_other_order(step["body"], answer)
-            assert tidy(answer) == self.tidy_recorded(step["body"])
+            newer = [self.tidy_recorded(body) for key, body in step.items() if key.startswith("body since ")]
+            if not (REAL_ADDRESS and tidy(answer) in newer):
+                assert tidy(answer) == self.tidy_recorded(step["body"])
         else:  # a description: the running job is there
             assert [job[1] for job in answer["queue_running"]] == [body["prompt_id"] if body else self.newest_id()]
             assert [len(job) for job in answer["queue_running"]] == [5]
@@ -217,7 +219,8 @@ def tidy(value: Any) -> Any:
         value = re.sub(r"_\d{5}_\.", "_?_.", value)
         value = re.sub(r"'/[^']*/(?=broken\.png)", "'…/", value)
         value = re.sub(r" not in \[.*\]$", " not in […]", value)
-        return value.split("          ...")[0]  # the text of a tensor is cut there
+        # Of a tensor's text the first row: how many are shown before those left out is the server's, too.
+        return value.split("\n")[0] if value.startswith("tensor(") else value
     return value
 
 

@@ -11,6 +11,7 @@ import signal
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
@@ -291,13 +292,38 @@ def test_crash_ends_the_process(start: Callable[..., Standin]) -> None:
     standin = start()
     standin.submit(standin_workflow("StandinCrash"))
     assert standin.process.wait(LIMIT_SECONDS) == 1
-    assert [entry["event"] for entry in standin.entries()] == ["start"]
+    assert [entry["event"] for entry in standin.entries()] == ["start", "died"]
+
+
+def test_inputs_that_a_node_does_not_know(server: Server) -> None:
+    """Nobody validates them: a value is ignored, a link makes the node fail, one to nowhere see below."""
+    workflow = save_workflow()
+    workflow["1"]["inputs"]["more"] = 3
+    assert server.run(workflow)["status"]["status_str"] == "success"
+    workflow["3"] = save_workflow()["1"]
+    workflow["1"]["inputs"]["more"] = ["3", 0]
+    event, data = server.run(workflow)["status"]["messages"][-1]
+    assert (event, data["node_id"], data["exception_type"]) == ("execution_error", "1", "TypeError")
+
+
+def test_a_file_is_named_with_its_place(server: Server) -> None:
+    assert server.upload("named.png", make_png(), type="output", overwrite="true").status_code == 200
+    for name, status in (("named.png [output]", 200), ("named.png [input]", 400), ("named.png[output]", 400)):
+        workflow = save_workflow()
+        workflow["1"] = {"class_type": "LoadImage", "inputs": {"image": name}}
+        assert server.call("POST", "/prompt", {"prompt": workflow})[0] == status, name
 
 
 @standin_only
-def test_extra_data_null_kills_the_executor_while_http_stays_up(start: Callable[..., Standin]) -> None:
+@pytest.mark.parametrize(("unknown", "extra"), [({}, {"extra_data": None}), ({"more": ["77", 0]}, {})])
+def test_what_kills_the_executor_while_http_stays_up(
+    start: Callable[..., Standin], unknown: dict[str, Any], extra: dict[str, Any]
+) -> None:
+    """Seen on 0.3.64, the link to nowhere by an input that nobody validates on 0.33.0 as well."""
     standin = start()
-    stuck = standin.submit(save_workflow(), extra_data=None)
+    workflow = save_workflow()
+    workflow["1"]["inputs"] |= unknown
+    stuck = standin.submit(workflow, **extra)
     wait_for(lambda: "Exception in thread executor" in standin.log.read_text(), "dead executor")
     later = standin.submit(save_workflow())
     assert standin.queue() == ([stuck], [later])

@@ -47,7 +47,7 @@ class Site:
         self.s3.create_bucket(Bucket=self.bucket, CreateBucketConfiguration={"LocationConstraint": REGION})
         dlq = self.sqs.create_queue(QueueName=f"{self.prefix}-{self.env}-queue-dlq")["QueueUrl"]
         arn = self.sqs.get_queue_attributes(QueueUrl=dlq, AttributeNames=["QueueArn"])["Attributes"]["QueueArn"]
-        redrive = json.dumps({"deadLetterTargetArn": arn, "maxReceiveCount": 3})
+        redrive = json.dumps({"deadLetterTargetArn": arn, "maxReceiveCount": int(settings.get("MAX_RECEIVES", "3"))})
         self.dlq_url = dlq
         self.queue_url = self.sqs.create_queue(
             QueueName=f"{self.prefix}-{self.env}-queue", Attributes={"RedrivePolicy": redrive}
