@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from launches import FULL, FULL_SAYS, QUOTA, QUOTA_SAYS, Group, activity
 
-from comfy_utils import (
+from ground.launches import (
     LAUNCH_FAILURE_AGE_S,
     capacity_problem,
     explain_launch_failure,

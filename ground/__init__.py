@@ -1,0 +1,1 @@
+"""What worker and operator share, and a sender can do without."""
