@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from comfy_utils import error_code
+from worker.retry import Patience
 
 PART_BYTES = 8 * 1024 * 1024
 """A larger file is uploaded in parts, several at once."""
@@ -18,6 +19,7 @@ class Bucket:
     def __init__(self, s3: Any, name: str) -> None:
         self.s3 = s3
         self.name = name
+        self.reading, self.writing = Patience(), Patience()  # a bucket may be read that refuses what is written
 
     def head(self, key: str) -> dict[str, Any] | None:
         """What S3 says of an object; None when there is none."""
@@ -32,6 +34,11 @@ class Bucket:
         """Bytes of an object; None when there is none."""
         head = self.head(key)
         return None if head is None else int(head["ContentLength"])
+
+    def keys(self, prefix: str) -> list[str]:
+        """The keys of all objects below a prefix."""
+        pages = self.s3.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=prefix)
+        return [item["Key"] for page in pages for item in page.get("Contents", [])]
 
     def open(self, key: str) -> tuple[Any, int] | None:
         """An object's body, for reading as it comes, and its bytes; None when there is none."""

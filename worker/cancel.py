@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable
 
-from comfy_utils import JobCancelledError
+from ground.comfyui import JobCancelledError
 from worker.errors import explain
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from comfy_utils import JobCancelledError, JobStoppedError, Settings, job_error
+from comfy_utils import Settings
+from ground.answers import job_error
+from ground.comfyui import JobCancelledError, JobStoppedError
 
 OUTPUT_BYTES = 4096
 """So much of a command's output, its end, goes into the result."""
@@ -29,11 +31,13 @@ def run_command(
         message = f"commands do not run here: EXEC_CMD={allowed} and ENV={settings.env}"
         return {}, job_error("command_refused", message)
     deadline = time.monotonic() + settings.job_timeout_s
+    environment = os.environ | {"COMFY_JOB_ID": job_id}
+    environment.pop("MALLOC_TRIM_THRESHOLD_", None)  # start_service.sh means the worker by it
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
             ["/bin/bash", "-c", command],
             cwd=settings.comfy_home,
-            env=os.environ | {"COMFY_JOB_ID": job_id},
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

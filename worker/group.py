@@ -12,15 +12,16 @@ import time
 from typing import Any
 
 from comfy_utils import (
+    FAILED_BOOTS_TAG,
     Capacity,
     Group,
     QueueDepth,
     Settings,
-    capacity_problem,
     error_code,
     raise_capacity,
     read_group,
 )
+from ground.launches import capacity_problem
 from worker.errors import explain
 from worker.in_hand import InHand
 from worker.lifecycle import LOOK_EVERY_S, Lifecycle
@@ -98,6 +99,22 @@ class Membership:
         """Remember how the group stood."""
         self._group = group
         self._group_read_at = time.monotonic()
+        # This one works. What failed of a later version may still be that version's fault.
+        if group is not None and group.failed_boots is not None and not self.is_outdated():
+            self._forget_failed_boots(group.failed_boots)
+
+    def _forget_failed_boots(self, failed: str) -> None:
+        """Instances before this one did not come to work; what made them fail is not in all of them."""
+        try:
+            tag = {
+                "ResourceId": self._settings.asg_name,
+                "ResourceType": "auto-scaling-group",
+                "Key": FAILED_BOOTS_TAG,
+            }
+            self._autoscaling.delete_tags(Tags=[tag])
+            logger.info("The group's tag %s=%s is removed: this instance works", FAILED_BOOTS_TAG, failed)
+        except Exception as error:
+            logger.warning("The group's tag %s stays for now: %s", FAILED_BOOTS_TAG, explain(error))
 
     # --- More instances ----------------------------------------------------------------------------------
 

@@ -9,7 +9,9 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
-from comfy_utils import JobStoppedError, iso
+from comfy_utils import iso
+from ground.comfyui import JobStoppedError
+from worker.held import Held
 from worker.lease import Lease
 
 
@@ -23,7 +25,8 @@ class Running(NamedTuple):
 class InHand:
     """Written by the loop that takes messages and by the threads of their jobs; `changed` guards it and wakes them."""
 
-    def __init__(self) -> None:
+    def __init__(self, held: Held) -> None:
+        self._held = held
         self.changed = threading.Condition()
         self.leases: list[Lease] = []
         self.took_at = 0.0  # when the last message came
@@ -32,11 +35,16 @@ class InHand:
         self.is_receiving = False
         self._running: dict[str, Running] = {}
         self._workflows = 0  # that are in ComfyUI's queue, or about to be
-        self._commands_waiting = 0
-        self._command_runs = False
+        self._alone_waiting = 0
+        self._alone_runs = False
 
     def take(self, lease: Lease) -> None:
         """A message has come."""
+        self._held.note(lease.message, lease.received_at, taken_over=False)
+        self.take_over(lease)
+
+    def take_over(self, lease: Lease) -> None:
+        """A message is in hand that a worker before this one had received, and that is noted already."""
         with self.changed:
             self.took_at = time.monotonic()
             self.leases.append(lease)
@@ -49,6 +57,7 @@ class InHand:
 
     def let_go(self, lease: Lease, delay_s: int = 0) -> None:
         """The message is no longer ours; a worker that put it back stays until it can be received again."""
+        self._held.forget(lease.message_id)
         with self.changed, suppress(ValueError):
             self.idle_since = time.monotonic() + delay_s
             self.leases.remove(lease)
@@ -67,10 +76,6 @@ class InHand:
         """How many of those have not begun, either."""
         return max(0, self.not_run() - len(self._running))
 
-    def has_retry(self) -> bool:
-        """Whether one of them was given back before: it may be one that kills ComfyUI, and all behind it."""
-        return any(lease.attempt > 1 and not lease.stored for lease in list(self.leases))
-
     def is_before_others(self, job_id: str) -> bool:
         """Whether the job runs and others stand behind it in ComfyUI's queue."""
         return job_id in self._running and self._workflows > len(self._running)
@@ -84,17 +89,9 @@ class InHand:
         return [dict(job.news) for job in list(self._running.values())]
 
     def claim(self, lease: Lease, job_id: str, should_stop: Callable[[], bool]) -> None:
-        """Wait until no other message of the same job is in hand. Raises JobStoppedError.
-
-        Jobs that were given back before wait for each other as well: one of them may be one that kills ComfyUI.
-        """
-
-        def is_in_the_way(other: Lease) -> bool:
-            are_retries = lease.attempt > 1 and other.attempt > 1 and not other.has_run
-            return other.job_id == job_id or (are_retries and bool(other.job_id))
-
+        """Wait until no other message of the same job is in hand. Raises JobStoppedError."""
         with self.changed:
-            while any(map(is_in_the_way, self.leases)):
+            while any(other.job_id == job_id for other in self.leases):
                 if should_stop():
                     raise JobStoppedError
                 self.changed.wait(0.5)
@@ -119,25 +116,25 @@ class InHand:
 
     @contextmanager
     def running(self, job_id: str, should_stop: Callable[[], bool], *, alone: bool) -> Iterator[None]:
-        """Workflows pass together, a command only when nothing else runs. Raises JobStoppedError."""
+        """Workflows pass together, what is to run alone only when nothing else does. Raises JobStoppedError."""
         with self.changed:
-            self._commands_waiting += alone
+            self._alone_waiting += alone
             try:
-                while self._command_runs or (self._workflows if alone else self._commands_waiting):
+                while self._alone_runs or (self._workflows if alone else self._alone_waiting):
                     if should_stop():
                         raise JobStoppedError
                     self.changed.wait(0.5)
             finally:
-                self._commands_waiting -= alone
+                self._alone_waiting -= alone
                 self.changed.notify_all()
-            self._command_runs = alone
+            self._alone_runs = alone
             self._workflows += not alone
         try:
             yield
         finally:
             with self.changed:
                 if alone:
-                    self._command_runs = False
+                    self._alone_runs = False
                 else:
                     self._workflows -= 1
                 ran = self._running.pop(job_id, None)

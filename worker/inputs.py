@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import secrets
 import shutil
@@ -11,11 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from comfy_utils import InvalidWorkflowError, Job, Settings, Workflow, cancel_key, check_workflow
+from comfy_utils import InvalidWorkflowError, Job, Settings, Workflow, cancel_key, is_job_id, load_json
+from ground.messages import parse_workflow_file
 from worker.bucket import Bucket
 from worker.errors import explain
 from worker.retry import within
-from worker.web import open_url
+from worker.web import Connections, open_url
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +33,13 @@ class Inputs:
         self._limit_mb = settings.input_limit_mb
         self._folder = settings.comfy_home / "ComfyUI/input"
 
-    def fetch_workflow(self, job: Job) -> Workflow:
-        """The workflow of a message that only points to it. Raises InvalidWorkflowError, and what boto3 raises."""
+    def fetch_workflow(self, job: Job) -> tuple[Job, tuple[str, ...]]:
+        """The job with its workflow, also where its message only points to it, and what in that file is not used.
+
+        Raises InvalidWorkflowError, and what boto3 raises.
+        """
+        if job.workflow is not None:
+            return job, ()
         key = str(job.workflow_key)
         if job.source not in (None, f"s3://{self._bucket.name}/{key}"):
             raise InvalidWorkflowError(f"{job.source} is not in this environment's bucket {self._bucket.name}")
@@ -46,10 +51,7 @@ class Inputs:
             if size > WORKFLOW_LIMIT_BYTES:
                 raise InvalidWorkflowError(f"{key} has more than {WORKFLOW_LIMIT_BYTES} bytes")
             text = body.read()
-        try:
-            return check_workflow(json.loads(text))
-        except (ValueError, RecursionError):
-            raise InvalidWorkflowError(f"{key} is not JSON: send the job again") from None
+        return parse_workflow_file(load_json(key, text), job)
 
     def fetch(self, job: Job, workflow: Workflow, should_stop: Callable[[], bool]) -> Workflow:
         """Fetch the job's inputs and return the workflow with their names in ComfyUI's input folder.
@@ -67,27 +69,32 @@ class Inputs:
 
         def fetch_all() -> None:
             for name, address in job.inputs.items():
-                self._fetch_one(name, address, path / name)
+                self._fetch_one(name, address, path / name, connections)
 
         # A name that is long in resolving and a server that sends a byte now and then outlast any timeout.
-        within(INPUTS_LIMIT_S, fetch_all, should_stop)
+        try:
+            with Connections() as connections:
+                within("the inputs have not come", INPUTS_LIMIT_S, fetch_all, should_stop)
+        except BaseException:
+            shutil.rmtree(path, ignore_errors=True)
+            raise
         return changed
 
-    def _fetch_one(self, name: str, address: str, path: Path) -> None:
+    def _fetch_one(self, name: str, address: str, path: Path, connections: Connections) -> None:
         """Stream one input to `path`."""
         limit = self._limit_mb * 1_000_000
         logger.info("Fetching the input %s", name)
-        with self._open(name, address) as chunks, path.open("xb") as out:
+        with self._open(name, address, connections) as chunks, path.open("xb") as out:
             for chunk in chunks:
                 if out.tell() + len(chunk) > limit:
                     raise InvalidWorkflowError(f"the input {name} is larger than INPUT_LIMIT_MB={self._limit_mb}")
                 out.write(chunk)
 
     @contextmanager
-    def _open(self, name: str, address: str) -> Iterator[Iterable[bytes]]:
+    def _open(self, name: str, address: str, connections: Connections) -> Iterator[Iterable[bytes]]:
         """Open an http(s) or s3:// address. Addresses are not repeated in errors: they may hold a signature."""
         if not address.startswith("s3://"):
-            with open_url(f"the input {name}", address) as chunks:
+            with open_url(f"the input {name}", address, connections) as chunks:
                 yield chunks
             return
         bucket, _, key = address.removeprefix("s3://").partition("/")
@@ -109,12 +116,23 @@ class Inputs:
     def remove(self, job: Job, error: Mapping[str, Any] | None) -> None:
         """Remove what was put there for a job that has ended in `error`: the inputs of all its tries, its cancel."""
         if job.inputs:
-            shutil.rmtree(self._folder / "jobs" / job.id, ignore_errors=True)
+            self.remove_files(job.id)
         if (error or {}).get("kind") == "cancelled":
             try:
                 self._bucket.delete(cancel_key(job.id))
             except Exception as reason:
                 logger.info("The cancel of job %s stays: %s", job.id, explain(reason))
+
+    def remove_files(self, job_id: str) -> None:
+        """Remove a job's inputs, those of all its tries."""
+        if is_job_id(job_id):
+            shutil.rmtree(self._folder / "jobs" / job_id, ignore_errors=True)
+
+    def make_room(self, needed: set[str]) -> None:
+        """Remove the inputs of all jobs but those. Only where this folder is the machine's own, not the bucket's."""
+        for folder in self._folder.glob("jobs/*/"):
+            if is_job_id(folder.name) and folder.name not in needed:
+                self.remove_files(folder.name)
 
 
 def use_inputs(workflow: Workflow, names: Mapping[str, str]) -> Workflow:

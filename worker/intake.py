@@ -10,9 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from comfy_utils import QueueDepth, Settings, error_code
-from worker.comfy_care import FAILURES_LIMIT, ComfyCare
+from worker.comfy_care import ComfyCare
+from worker.disk import Disk
 from worker.errors import explain
 from worker.group import POLL_S, Membership
+from worker.held import Held
 from worker.in_hand import InHand
 from worker.lease import Lease
 from worker.lifecycle import Lifecycle
@@ -34,9 +36,11 @@ class Intake:
 
     settings: Settings
     queue: Queue
+    held: Held
     in_hand: InHand
     shutdown: Shutdown
     care: ComfyCare
+    disk: Disk
     lifecycle: Lifecycle
     membership: Membership
     process: Callable[[Lease], None]
@@ -49,6 +53,7 @@ class Intake:
         """Take messages until this worker leaves."""
         failures = 0
         with watchdog.watched():
+            self._take_over()
             while not self.shutdown.is_leaving():
                 watchdog.turn()
                 try:
@@ -75,15 +80,24 @@ class Intake:
 
     def _turn(self) -> None:
         """One turn of the loop: wait for a message, fetch some ahead, leave, or wait for a job to end."""
-        if self.care.is_to_blame():
-            self.membership.declare_unhealthy(f"ComfyUI failed {FAILURES_LIMIT} times in a row")
-        elif self.lifecycle.warming or len(self.in_hand.leases) >= AT_ONCE:
+        if reason := self.care.blame() or self.disk.blame():
+            self.membership.declare_unhealthy(reason)
+            self.care.forgive()
+            self.disk.forgive()
+        elif self.lifecycle.warming:
+            if self.care.is_ready():
+                self.lifecycle.report_for_work()
+            self._await_change()
+        elif len(self.in_hand.leases) >= AT_ONCE:
             self._await_change()
         elif self.in_hand.not_run():
             self._fetch_ahead()
         elif self.membership.replacement.is_due:
             self.membership.leave_to_replacement()
+        elif self.disk.is_full():
+            self._await_change()
         elif self.care.is_ready():
+            self.lifecycle.report_for_work()
             self._poll()
 
     def _poll(self) -> None:
@@ -112,7 +126,7 @@ class Intake:
         """How many jobs may be fetched ahead now."""
         if self.care.has_failed() or self.membership.is_outdated() or self.membership.replacement.is_due:
             return 0
-        if self.in_hand.has_retry():
+        if self.disk.blame() or self.disk.problem():
             return 0
         more = jobs_to_fetch(
             waiting=self._waiting,
@@ -130,11 +144,35 @@ class Intake:
         with self.in_hand.changed:
             self._waiting -= len(leases) * (self._others + 1)  # they, too, take one after the other
             self._glance_due = self._glance_due or (bool(leases) and self._waiting <= 0)
-        # What was given back before may be a job that kills ComfyUI, and all that stand behind it.
-        for lease in sorted(leases, key=lambda lease: lease.attempt):
+        for lease in leases:
             self.in_hand.take(lease)
-            threading.Thread(target=self.process, args=(lease,), name=lease.message_id, daemon=True).start()
+            self._begin(lease)
         return len(leases)
+
+    def _take_over(self) -> None:
+        """Go on with what a worker before this one, which was killed, had in hand.
+
+        Where ComfyUI is gone as well, as after a power cut, another instance may be sooner.
+        """
+        for note in self.held.left_behind():
+            message = note["message"]
+            is_ready = self.care.comfy.is_ready()
+            try:
+                self.queue.hide(message["ReceiptHandle"], self.settings.visibility_timeout_s if is_ready else 0)
+            except Exception as error:
+                logger.info("Message %s of the worker before is left alone: %s", message["MessageId"], explain(error))
+                is_ready = False
+            if not is_ready:
+                self.held.forget(message["MessageId"])
+                continue
+            logger.info("Takes over message %s, which the worker before had in hand", message["MessageId"])
+            lease = Lease(self.queue, message, self.settings.visibility_timeout_s, note["received_at"])
+            self.in_hand.take_over(lease)
+            self._begin(lease)
+
+    def _begin(self, lease: Lease) -> None:
+        """Bring a message to its end in a thread of its own."""
+        threading.Thread(target=self.process, args=(lease,), name=lease.message_id, daemon=True).start()
 
     def _glance(self) -> None:
         """See whether more messages wait, so that they are fetched ahead; nothing else is decided by it."""

@@ -22,12 +22,19 @@ class Metadata:
 
     def get(self, path: str) -> str | None:
         """The text at `path` below /latest/meta-data/, None where there is nothing. Raises MetadataError."""
+        return self._get(f"/latest/meta-data/{path}")
+
+    def user_data(self) -> str | None:
+        """What the instance was launched with, None where that is nothing. Raises MetadataError."""
+        return self._get("/latest/user-data")
+
+    def _get(self, path: str) -> str | None:
         for _ in range(2):
             if not self._token:
                 headers = {"X-aws-ec2-metadata-token-ttl-seconds": "21600"}
                 self._token = self._request("PUT", "/latest/api/token", headers) or ""
             try:
-                return self._request("GET", f"/latest/meta-data/{path}", {"X-aws-ec2-metadata-token": self._token})
+                return self._request("GET", path, {"X-aws-ec2-metadata-token": self._token})
             except PermissionError:
                 self._token = ""  # it has expired
         raise MetadataError("the instance metadata service refuses its own token")
@@ -40,7 +47,7 @@ class Metadata:
         request = urllib.request.Request(self.endpoint + path, method=method, headers=dict(headers))
         try:
             with opener.open(request, timeout=2) as answer:
-                return str(answer.read().decode())
+                return str(answer.read().decode(errors="replace"))  # user data may be binary
         except urllib.error.HTTPError as error:
             if error.code == 404:
                 return None

@@ -38,7 +38,7 @@ class Queue:
         self.url = ""
         self.name = name
         self._sqs = sqs
-        self._visibility_timeout_s = visibility_timeout_s
+        self.visibility_timeout_s = visibility_timeout_s
         self._to_delete: queue.SimpleQueue[_Deletion] = queue.SimpleQueue()
         threading.Thread(target=self._delete_all, name="deleter", daemon=True).start()
 
@@ -47,7 +47,7 @@ class Queue:
         failures = 0
         while True:
             try:
-                self.url = str(self._sqs.get_queue_url(QueueName=self.name)["QueueUrl"])
+                self.look_up()
                 return
             except Exception as error:
                 failures += 1
@@ -56,6 +56,10 @@ class Queue:
                 notify_systemd("WATCHDOG=1")
                 if shutdown.stop.wait(delay_s):
                     sys.exit(0)
+
+    def look_up(self) -> None:
+        """Learn the queue's address."""
+        self.url = str(self._sqs.get_queue_url(QueueName=self.name)["QueueUrl"])
 
     def receive(self, most: int, wait_s: int) -> list[dict[str, Any]]:
         """Receive up to `most` messages, and wait `wait_s` for the first.
@@ -66,7 +70,7 @@ class Queue:
             QueueUrl=self.url,
             MaxNumberOfMessages=min(most, BATCH),
             WaitTimeSeconds=wait_s,
-            VisibilityTimeout=self._visibility_timeout_s,
+            VisibilityTimeout=self.visibility_timeout_s,
             MessageSystemAttributeNames=["ApproximateReceiveCount", "SentTimestamp"],
         )
         return answer.get("Messages") or []

@@ -7,15 +7,20 @@ import hashlib
 import json
 import logging
 import logging.handlers
+import os
+import re
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from comfy_utils import OBJECT_INFO_KEY, ComfyUI, Settings, aws_client, iso
+from comfy_utils import OBJECT_INFO_KEY, Settings, aws_client, iso, printable
+from ground.comfyui import SYSTEM_STATS_KEY, ComfyUI
 from worker.bucket import Bucket
+from worker.editor_files import store_editor_files
 from worker.errors import explain
 from worker.metrics import Metrics
 from worker.shutdown import Shutdown
@@ -24,6 +29,9 @@ logger = logging.getLogger(__name__)
 
 LOGS_EVERY_S = 300
 WORKER_NEWS_EVERY_S = 30
+LOG_CHARACTERS = 4000
+LOG_LIMIT_BYTES = 50 * 1024 * 1024
+"""A larger one is emptied where the disk is full; start_service.sh begins a new one at each start."""
 
 
 class Reports:
@@ -68,6 +76,19 @@ class Reports:
             except Exception as error:
                 logger.warning("Cannot store the log %s: %s", path.name, explain(error))
 
+    def make_room(self) -> None:
+        """Remove the logs of other days, and empty those of today that are large; only what the bucket has."""
+        self.upload_logs()
+        for path in sorted(self._folder.glob("*")):
+            with suppress(OSError):
+                state = path.stat()
+                if self._logs_stored.get(path.name) != (state.st_size, state.st_mtime_ns):
+                    continue
+                if re.fullmatch(r".+\.(1|\d{4}-\d\d-\d\d)", path.name):
+                    path.unlink()
+                elif state.st_size > LOG_LIMIT_BYTES:
+                    os.truncate(path, 0)  # who writes it appends
+
     def tell_of_jobs(self, jobs: list[dict[str, Any]]) -> bool:
         """Write worker.json, by which an operator sees what this instance does; False when there is nothing new."""
         if jobs == self._jobs_told:
@@ -109,8 +130,17 @@ class Reports:
         while not comfy.is_ready():
             if shutdown.stop.wait(0.2):
                 return
-        self._metrics.add_boot(finish_boot_report(self._folder) or {})
+        boot = finish_boot_report(self._folder)
+        self._metrics.add_boot(boot or {})
+        (self._folder / "starting").unlink(missing_ok=True)  # this instance works: see boot/giving_up.sh
+        self._tell_what_it_can(comfy, boot)
+        self._tell_the_editor(comfy)
+
+    def _tell_what_it_can(self, comfy: ComfyUI, boot: dict[str, Any] | None) -> None:
         try:
+            if boot:  # it goes with the logs as well, but who watches a fleet wake wants to know now
+                self._bucket.write(f"output/{self._instance['instance_id']}/boot.json", json.dumps(boot).encode())
+            self._bucket.write(SYSTEM_STATS_KEY, json.dumps(comfy.system_stats()).encode())
             text = json.dumps(comfy.object_info(), sort_keys=True).encode()
             digest = hashlib.sha256(text).hexdigest()
             stored = self._bucket.head(OBJECT_INFO_KEY)
@@ -126,6 +156,13 @@ class Reports:
             logger.info("Stored what ComfyUI can do in %s", OBJECT_INFO_KEY)
         except Exception as error:
             logger.warning("What ComfyUI can do is not stored: %s", explain(error))
+
+    def _tell_the_editor(self, comfy: ComfyUI) -> None:
+        """Store what the editor needs of custom nodes."""
+        try:
+            store_editor_files(comfy, self._settings.comfy_home / "ComfyUI", self._bucket)
+        except Exception as error:
+            logger.warning("What the editor needs of custom nodes is not stored: %s", explain(error))
 
 
 def finish_boot_report(folder: Path) -> dict[str, Any] | None:
@@ -153,6 +190,19 @@ def finish_boot_report(folder: Path) -> dict[str, Any] | None:
     return report
 
 
+class OneLine(logging.Formatter):
+    """Each message a line, whatever of a job's words is in it; a traceback follows in lines that are set off."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        record.message = printable(record.message, LOG_CHARACTERS)
+        return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802
+        return "\n".join(
+            f"    {printable(line, LOG_CHARACTERS)}" for line in super().formatException(ei).splitlines()
+        )
+
+
 def set_up_logging(folder: Path) -> None:
     """Log to stdout, and to parse_job.log in `folder`: rotated at midnight, 30 kept."""
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
@@ -164,6 +214,8 @@ def set_up_logging(folder: Path) -> None:
         )
     except OSError as error:
         print(f"parse_job.py: logs go to stdout only: {error}", file=sys.stderr)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", handlers=handlers)
+    for handler in handlers:
+        handler.setFormatter(OneLine("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=handlers)
     logging.getLogger("botocore").setLevel(logging.WARNING)
     logging.raiseExceptions = False  # a full disk does not stop jobs

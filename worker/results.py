@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+import os
+import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
-from comfy_utils import (
-    ComfyGoneError,
-    ComfyUI,
-    Finished,
-    Job,
-    OutputFile,
-    Settings,
-    error_code,
-    explain_node_errors,
-    iso,
-    job_error,
-    outputs_of,
-    result_key,
-)
+from comfy_utils import Job, Settings, ended_key, is_refused_condition, iso, progress_key, result_key
+from ground.answers import OutputFile, explain_node_errors, job_error, outputs_of
+from ground.comfyui import ComfyGoneError, ComfyUI, Finished
 from worker.bucket import Bucket
 from worker.errors import PutBackError
 from worker.lease import Lease
+from worker.outputs import Outputs, silent_nodes
 from worker.progress import Progress
-from worker.retry import backoff_s, insist
+from worker.retry import backoff_s
 from worker.shutdown import Shutdown
 from worker.web import post_result
 
@@ -39,6 +31,9 @@ Result = dict[str, Any]
 """What result.json holds; its fields are listed in docs/results.md."""
 
 UPLOADS_AT_ONCE = 8
+RECEIPTS = ("result.json", "progress.json", "attempts.json")
+MAX_KEY_BYTES = 1024
+"""S3 has no longer keys."""
 CALLBACK_TRIES = 3
 
 
@@ -51,6 +46,16 @@ class Ran:
     """What ComfyUI says of a workflow that it ran to an end."""
     values: dict[str, dict[str, Any]] = field(default_factory=dict)
     error: dict[str, Any] | None = None
+    warnings: tuple[str, ...] = ()
+    """What stands in the file of its workflow and was not used."""
+
+
+class Stored(NamedTuple):
+    """The `outputs` of a result; a sentence for each file that should be there and is not, and for what is no file."""
+
+    outputs: list[dict[str, Any]]
+    missing: list[str]
+    warnings: list[str]
 
 
 @dataclass(eq=False)
@@ -60,6 +65,7 @@ class Results:
     settings: Settings
     bucket: Bucket
     comfy: ComfyUI
+    outputs: Outputs
     shutdown: Shutdown
     instance_id: str
     _uploads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(UPLOADS_AT_ONCE, "upload"))
@@ -72,18 +78,27 @@ class Results:
         Raises PutBackError where ComfyUI has lost a file that it would make again, JobStoppedError.
         """
         outputs: list[dict[str, Any]] = []
-        warnings: list[str] = []
+        warnings = [*job.warnings, *ran.warnings]
         values, error = ran.values, ran.error
         if ran.finished is not None:
-            warnings = [f"dropped: {text}" for text in explain_node_errors(ran.finished.node_errors)]
+            entry = ran.finished.entry
+            warnings += [f"dropped: {text}" for text in explain_node_errors(ran.finished.node_errors)]
             warnings += [f"blocked: {ran.finished.blocked}"] if ran.finished.blocked else []
-            files, values = outputs_of(ran.finished.entry)
-            outputs, missing = insist(lambda: self.store_files(job.id, files), self.shutdown.pause)
+            self.outputs.collect(job.id, entry)
+            files, values = outputs_of(entry)
+            pictures = self.outputs.pictures(job.id)
+            files += pictures.files
+            warnings += pictures.warnings() if error is None else []
+            stored = self.bucket.writing.insist(lambda: self.store_files(job.id, files), self.shutdown.pause)
+            outputs, missing = stored.outputs, stored.missing
             if missing and any(file.type == "temp" for file in files) and self._has_forgotten(job.id):
                 raise PutBackError(f"{missing[0]}: ComfyUI empties its temp folder when it starts")
             if missing and error is None:
                 error = job_error("execution_error", missing[0])
-            warnings += missing
+            warnings += missing + stored.warnings
+            if error is None and not (outputs or values or pictures.nodes):
+                nodes = ", ".join(silent_nodes(entry))
+                warnings.append(f"node {nodes} gave neither a file nor a value: ComfyUI's log may say why")
         finished_at = datetime.now(UTC)
         return {
             "job_id": job.id,
@@ -96,6 +111,7 @@ class Results:
             "warnings": warnings,
             "error": error,
             **({"source": job.source} if job.source else {}),
+            **({"retry_of": job.retry_of} if job.retry_of else {}),
             "timings": {
                 "sent_at": iso(lease.sent_at),
                 "started_at": iso(ran.started_at),
@@ -118,14 +134,22 @@ class Results:
         try:
             self.bucket.write(result_key(result["job_id"]), json.dumps(result).encode(), IfNoneMatch="*")
         except Exception as error:
-            if error_code(error) not in ("PreconditionFailed", "ConditionalRequestConflict"):
+            if not is_refused_condition(error):
                 raise
             stored = self.stored(result["job_id"])
             if stored is None:
                 raise PutBackError("another worker is writing this job's result") from error
             logger.warning("Job %s: another worker stored its result first", result["job_id"])
             return stored
+        self._list_as_ended(result["job_id"])
         return result
+
+    def _list_as_ended(self, job_id: str) -> None:
+        """Tell those who wait for many jobs at once. Best effort: they look at each receipt itself, only seldom."""
+        try:
+            self.bucket.write(ended_key(int(time.time() * 1000), job_id), b"")
+        except Exception as error:
+            logger.warning("Job %s is not in the list of ended jobs: %s", job_id, error)
 
     def _has_forgotten(self, job_id: str) -> bool:
         """Whether ComfyUI was restarted after it ran the job."""
@@ -136,68 +160,64 @@ class Results:
 
     # --- Files -------------------------------------------------------------------------------------------
 
-    def store_files(self, job_id: str, named: list[OutputFile]) -> tuple[list[dict[str, Any]], list[str]]:
-        """Upload the files that history names and all others in the job's folder.
-
-        Returns the `outputs` of the result, and a sentence for each named file that is not there (as
-        when ComfyUI served it from its cache after the file was deleted).
-        """
-        root = self.settings.output_dir
+    def store_files(self, job_id: str, named: list[OutputFile]) -> Stored:
+        """Upload the files that history names and all others that the job has written."""
         found: list[tuple[dict[str, Any], Path]] = []
         missing: list[str] = []
+        warnings: list[str] = []
         for file in named:
-            path = self.local_path(file)
-            if path is None or not path.is_file():
-                missing.append(f"node {file.node_id}: its file {file.subfolder}/{file.filename} is not there")
+            path = self.outputs.locate(job_id, file)
+            name = f"node {file.node_id}: its file {PurePosixPath(file.type, file.subfolder, file.filename)}"
+            if path is None:
+                (warnings if file.type == "input" else missing).append(f"{name} is not there")
+            elif not path.is_file():
+                warnings.append(f"{name} is no regular file")
             else:
                 found.append((file._asdict(), path))
         # Checkpoint and LoRA savers write files without any entry in the history.
-        folder = root / job_id
         seen = {path for _, path in found}
-        ours = {folder / "result.json", folder / "progress.json"}  # seen through Mountpoint on the base machine
-        for path in sorted(folder.rglob("*")):
-            if path.is_file() and not path.is_symlink() and path not in seen and path not in ours:
-                file = OutputFile("", "files", path.name, path.parent.relative_to(root).as_posix(), "output")
+        receipts = {self.settings.output_dir / job_id / name for name in RECEIPTS}
+        if self.settings.env == "base":
+            seen |= receipts  # seen through Mountpoint
+        for path in self.outputs.unnamed(job_id):
+            if path not in seen:
+                subfolder = PurePosixPath(job_id, self.outputs.place(job_id, path)).parent.as_posix()
+                file = OutputFile("", "files", path.name, subfolder, "output")
                 found.append((file._asdict() | {"node_id": None}, path))
+        keys = self._keys(job_id, [path for _, path in found])
+        list(
+            self._uploads.map(self._upload, keys, keys.values())
+            if len(keys) > 1
+            else map(self._upload, keys, keys.values())
+        )
+        return Stored([{**output, "s3_key": keys[path]} for output, path in found], missing, warnings)
 
-        def upload(output: dict[str, Any], path: Path) -> dict[str, Any]:
-            return {**output, "s3_key": self._upload(job_id, path, output["type"])}
+    def _keys(self, job_id: str, paths: list[Path]) -> dict[Path, str]:
+        """Each file's key in the bucket: as ComfyUI has it below the job's own, no two the same."""
+        keys: dict[Path, str] = {}
+        taken = {f"output/{job_id}/{name}" for name in RECEIPTS}
+        for path in paths:
+            if path in keys:
+                continue
+            # A name need be neither text nor short, and send_job.py saves none with a backslash.
+            name = (
+                os.fsencode(self.outputs.place(job_id, path)).decode("utf-8", "backslashreplace").replace("\\", "%")
+            )
+            if len(f"output/{job_id}/{name}".encode()) > MAX_KEY_BYTES - 10:
+                name = f"long/{hashlib.sha256(name.encode()).hexdigest()}{path.suffix[:20]}"
+            pure = PurePosixPath(f"output/{job_id}/{name}")
+            key, number = str(pure), 1
+            while key in taken:
+                number += 1
+                key = str(pure.with_stem(f"{pure.stem} ({number})"))
+            taken.add(key)
+            keys[path] = key
+        return keys
 
-        if len(found) == 1:  # as mostly
-            return [upload(*found[0])], missing
-        return list(self._uploads.map(upload, *zip(*found, strict=True))) if found else [], missing
-
-    def local_path(self, file: OutputFile) -> Path | None:
-        """Where ComfyUI put the file; None for a place outside its folders."""
-        roots = {"output": self.settings.output_dir, "temp": self.settings.comfy_home / "ComfyUI/temp"}
-        root = roots.get(file.type)
-        parts = PurePosixPath(file.subfolder, file.filename)
-        if root is None or parts.is_absolute() or ".." in parts.parts:
-            return None
-        return root / parts
-
-    def _upload(self, job_id: str, path: Path, type_: str) -> str:
-        """Bring a file into the bucket and return its key.
-
-        On the base machine Mountpoint has mostly brought it there already: one HEAD tells. On a fleet
-        instance a file outside the job's folder goes there all the same, since two instances may use
-        the same name.
-        """
-        if type_ == "temp":
-            key = f"output/{job_id}/temp/{path.name}"
-        else:
-            relative = path.relative_to(self.settings.output_dir).as_posix()
-            own = relative.startswith(f"{job_id}/") or self.settings.env == "base"
-            key = f"output/{relative}" if own else f"output/{job_id}/{relative}"
+    def _upload(self, path: Path, key: str) -> None:
+        """Bring a file into the bucket. On the base machine Mountpoint may have done so: one HEAD tells."""
         if self.settings.env != "base" or self.bucket.size(key) != path.stat().st_size:
             self.bucket.upload(path, key)
-        return key
-
-    def remove_local_files(self, job_id: str) -> None:
-        """Free the instance's disk of a job's files: they are in the bucket, or of no use."""
-        if self.settings.env == "base":
-            return  # there the output folder is the bucket itself
-        remove_folder(self.settings.output_dir / job_id)
 
     # --- Telling of it -----------------------------------------------------------------------------------
 
@@ -205,14 +225,14 @@ class Results:
         """Write progress.json and return what it says; None if nothing has changed since the last time."""
         news = progress.news()
         if news is not None:
-            self.bucket.write(f"output/{progress.job_id}/progress.json", json.dumps(news).encode())
+            self.bucket.write(progress_key(progress.job_id), json.dumps(news).encode())
         return news
 
-    def call_back(self, job: Job, result: Result) -> None:
+    def call_back(self, job: Job, result: Result, tries: int = CALLBACK_TRIES) -> None:
         """POST the result to the job's callback, signed; raises PutBackError when it is not accepted."""
         url = job.callback_url or self.settings.callback_url
         reason = ""
-        for attempt in range(CALLBACK_TRIES if url else 0):
+        for attempt in range(tries if url else 0):
             if attempt:
                 self.shutdown.pause(backoff_s(attempt))
             reason = post_result(url, result, self.settings.callback_secret)
@@ -221,12 +241,3 @@ class Results:
             logger.info("The callback of job %s failed: %s", job.id, reason)
         if reason:
             raise PutBackError(f"the callback of job {job.id} failed: {reason}")
-
-
-def remove_folder(folder: Path) -> None:
-    """Remove a folder as far as that is possible."""
-    for path in sorted(folder.rglob("*"), reverse=True):
-        with suppress(OSError):
-            path.rmdir() if path.is_dir() else path.unlink()
-    with suppress(OSError):
-        folder.rmdir()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 
-from comfy_utils import JobStoppedError
+from ground.comfyui import JobStoppedError
 from worker.watchdog import Watchdog
 
 

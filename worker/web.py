@@ -8,18 +8,55 @@ import ipaddress
 import json
 import re
 import socket
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
 
 from comfy_utils import InvalidWorkflowError
 from worker.errors import PutBackError
+from worker.retry import within
+
+POST_LIMIT_S = 30.0
+"""So long one try of a callback may take in all: finding the name, connecting, sending, and the answer's headers."""
+
+
+class Connections:
+    """The connections to addresses that came with a message, until the with-block ends: then they are cut.
+
+    A timeout holds for each read only, so that a server which sends a byte now and then keeps its reader for ever.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._twins: list[socket.socket] | None = []  # None: cut
+
+    def __enter__(self) -> Connections:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            twins, self._twins = self._twins or [], None
+        for twin in twins:
+            with suppress(OSError):  # mostly it has ended by itself
+                twin.shutdown(socket.SHUT_RDWR)
+            twin.close()
+
+    def take(self, connection: socket.socket) -> socket.socket:
+        """Return a connection, unless it has led to where instance metadata lives, or comes too late."""
+        refuse_connection(connection)
+        with self._lock:
+            if self._twins is not None:
+                self._twins.append(connection.dup())  # TLS takes the socket itself away
+                return connection
+        connection.close()
+        raise ConnectionAbortedError("it is too late to connect")
 
 
 @contextmanager
-def open_url(what: str, url: str) -> Iterator[Iterable[bytes]]:
+def open_url(what: str, url: str, connections: Connections) -> Iterator[Iterable[bytes]]:
     """Open an http(s) address that came with a message, for reading as it comes.
 
     Raises InvalidWorkflowError where another try would fail as well, PutBackError where it may help. No error repeats
@@ -29,7 +66,7 @@ def open_url(what: str, url: str) -> Iterator[Iterable[bytes]]:
 
     try:
         refuse_link_local(url)
-        with guarded_session() as session:
+        with guarded_session(connections) as session:
             answer = session.get(url, timeout=(5, 30), allow_redirects=False, stream=True)
             if answer.status_code in (408, 425, 429) or answer.status_code >= 500:
                 raise PutBackError(f"{what} does not come: it was answered with HTTP {answer.status_code}")
@@ -50,7 +87,7 @@ def open_url(what: str, url: str) -> Iterator[Iterable[bytes]]:
         raise InvalidWorkflowError(f"{what} has an address that cannot be read from") from None
 
 
-def guarded_session() -> Any:
+def guarded_session(connections: Connections) -> Any:
     """A requests session for addresses that came with a message.
 
     It looks where each connection has led before anything is sent over it, because a name may resolve to something
@@ -63,11 +100,11 @@ def guarded_session() -> Any:
 
     class GuardedHttp(HTTPConnection):
         def _new_conn(self) -> socket.socket:
-            return refuse_connection(super()._new_conn())
+            return connections.take(super()._new_conn())
 
     class GuardedHttps(HTTPSConnection):
         def _new_conn(self) -> socket.socket:
-            return refuse_connection(super()._new_conn())
+            return connections.take(super()._new_conn())
 
     class HttpPool(HTTPConnectionPool):
         ConnectionCls = GuardedHttp
@@ -95,15 +132,22 @@ def post_result(url: str, result: Mapping[str, Any], secret: str) -> str:
         "X-Comfy-Timestamp": timestamp,
         "X-Comfy-Signature": f"sha256={digest.hexdigest()}",
     }
-    try:
+    answered: list[int] = []
+
+    def post() -> None:
         refuse_link_local(url)
-        with guarded_session() as session:
+        with guarded_session(connections) as session:
             answer = session.post(
                 url, data=body, headers=headers, timeout=(3, 10), allow_redirects=False, stream=True
             )
-    except (requests.RequestException, OSError, ValueError) as error:
+            answered.append(answer.status_code)
+
+    try:
+        with Connections() as connections:
+            within("it was not answered", POST_LIMIT_S, post, lambda: False)
+    except (requests.RequestException, OSError, ValueError, PutBackError) as error:
         return str(error)
-    return "" if 200 <= answer.status_code < 300 else f"it was answered with HTTP {answer.status_code}"
+    return "" if 200 <= answered[0] < 300 else f"it was answered with HTTP {answered[0]}"
 
 
 class LinkLocalError(ValueError):

@@ -7,16 +7,30 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
 from local_cloud import LocalCloud
 from workplace import LIMIT_S, Site, await_that, group_of, image_workflow
-from workshop import NO_RESULT_YET, Fleet, fetch_one_ahead, start, with_node
+from workshop import (
+    NO_RESULT_YET,
+    Fleet,
+    fetch_ahead,
+    fetch_one_ahead,
+    make_worker,
+    speed_up,
+    start,
+    with_node,
+)
 
+from comfy_utils import new_job_id
+from ground.comfyui import ComfyAbsentError, Finished
 from worker.comfy_care import ComfyCare
+from worker.errors import ComfyDiedError, NeverStartedError
 
 # --- Ready or not ----------------------------------------------------------------------------------------
 
@@ -57,16 +71,6 @@ def test_out_of_memory_is_tried_again_on_freed_memory(busy_site: Site) -> None:
     result = busy_site.await_result(job_id)
     assert (result["status"], result["attempt"]) == ("succeeded", 1)
     assert busy_site.runs(job_id) == 2
-
-
-@pytest.mark.slow
-def test_out_of_memory_again_and_again_ends_in_the_dead_letter_queue(make_site: Callable[..., Site]) -> None:
-    site = make_site()
-    start(site)
-    job_id = site.send(with_node("StandinOutOfMemory", times=1000))
-    await_that("the message is in the DLQ", lambda: site.depth(site.dlq_url)[0] == 1)
-    assert site.result(job_id) is None
-    assert site.runs(job_id) == 4, "twice at first, and once more each time it came back"
 
 
 def test_out_of_memory_leaves_the_job_behind_it_alone(make_site: Callable[..., Site]) -> None:
@@ -145,17 +149,111 @@ def test_comfyui_dies_with_two_jobs_and_that_counts_once(fleet: Fleet) -> None:
     assert (site.runs(first), site.runs(second)) == (2, 1)
 
 
-@pytest.mark.slow
-def test_a_job_that_kills_comfyui_each_time_ends_in_the_dead_letter_queue(make_site: Callable[..., Site]) -> None:
-    site = make_site()
+def test_a_job_that_kills_comfyui_each_time_costs_no_instance_and_no_other_job(fleet: Fleet) -> None:
+    site, machine = fleet
     site.keep_comfyui()
     site.start_worker()
-    crash = {"4": {"class_type": "StandinCrash", "inputs": {"image": ["1", 0]}},
-             "5": {"class_type": "SaveImage", "inputs": {"images": ["4", 0], "filename_prefix": "y"}}}  # fmt: skip
-    job_id = site.send(image_workflow(more=crash))
-    await_that("the message is in the DLQ", lambda: site.depth(site.dlq_url)[0] == 1)
-    assert site.result(job_id) is NO_RESULT_YET
-    assert site.log().count("is put back") == 3
+    killer, *innocent = fetch_ahead(site, 1, with_node("StandinCrash"), *[image_workflow()] * 4)[1]
+    result = site.await_result(killer)
+    assert (result["error"]["kind"], result["attempt"]) == ("comfyui_died", 2)
+    assert (result["error"]["node_id"], result["error"]["node_type"]) == ("4", "StandinCrash")
+    assert [line.split(",")[0] for line in result["error"]["detail"].splitlines()] == ["attempt 1", "attempt 2"]
+    assert site.runs(killer) == 2
+    for job_id in innocent:
+        assert (site.await_result(job_id)["error"], site.await_result(job_id)["attempt"]) == (None, 1)
+    assert "declared Unhealthy" not in site.log()
+    assert machine.is_on()
+    site.await_empty_queue()
+    assert site.depth(site.dlq_url) == (0, 0), "it is final"
+
+
+def run_in(care: ComfyCare, job_id: str) -> None:
+    """Run a job that nobody stops or asks about."""
+    nothing: dict[str, Any] = dict.fromkeys(("on_progress", "before_first_submit"), lambda *_: None)
+    nothing |= dict.fromkeys(("should_stop", "should_withdraw"), lambda: False)
+    care.run({}, job_id, extra_data={}, has_died=False, is_whole=lambda _: True, on_picture=None, **nothing)
+
+
+@pytest.mark.parametrize("first_ends", [False, True])
+def test_of_two_jobs_the_later_one_was_running(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch, first_ends: bool
+) -> None:
+    """Where both have begun, for the first's end was not heard any more; or its end was, and the second's start not."""
+    care = make_worker(make_site(), monkeypatch).care
+    both_have_begun = threading.Barrier(2)
+    first_has_begun = threading.Event()
+
+    def end_with_comfyui(_: object, job_id: str, **call: Any) -> None:
+        if job_id == "second":
+            first_has_begun.wait(LIMIT_S)
+        call["on_submitted"](1 if job_id == "first" else 2)
+        if job_id == "first" or not first_ends:
+            call["on_progress"]({"type": "execution_start"})
+        if job_id == "first" and first_ends:
+            call["on_progress"]({"type": "execution_success"})
+        first_has_begun.set()
+        both_have_begun.wait(LIMIT_S)
+        raise ComfyAbsentError
+
+    def blamed(job_id: str) -> bool:
+        with pytest.raises((ComfyDiedError, NeverStartedError)) as raised:
+            run_in(care, job_id)
+        return raised.type is ComfyDiedError
+
+    monkeypatch.setattr(care.comfy, "run", end_with_comfyui)
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(blamed, ("first", "second"))) == [False, True]
+
+
+def test_a_job_that_waits_for_its_second_try_is_not_the_one_that_ran(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first one was short of memory, and it stands behind the job at which ComfyUI ends."""
+    care = make_worker(make_site(), monkeypatch).care
+    messages = [["execution_error", {"exception_type": "torch.OutOfMemoryError", "exception_message": ""}]]
+    entry = {"status": {"status_str": "error", "messages": messages}}
+
+    def run(*_: object, again: bool, **call: Any) -> Finished:
+        if again:
+            raise ComfyAbsentError
+        call["on_submitted"](1)
+        call["on_progress"]({"type": "execution_start"})
+        return Finished(entry, {}, None)
+
+    monkeypatch.setattr(care.comfy, "run", run)
+    with pytest.raises(NeverStartedError):
+        run_in(care, "j")
+
+
+def test_a_job_at_which_comfyui_died_runs_alone_next_time(make_site: Callable[..., Site], tmp_path: Path) -> None:
+    site = make_site(SCALE_COOLDOWN="2")
+    site.keep_comfyui()
+    site.start_worker()
+    again = image_workflow(3, {"4": {"class_type": "StandinCrash", "inputs": {"once": str(tmp_path / "crashed")}},
+                               "5": {"class_type": "PreviewImage", "inputs": {"images": ["4", 0]}}})  # fmt: skip
+    _, (suspect,) = fetch_ahead(site, 1, again)
+    await_that("it runs again", lambda: site.runs(suspect) == 2)
+    others = [site.send(image_workflow()) for _ in range(3)]
+    beside: set[str] = set()
+    while site.result(suspect) is NO_RESULT_YET:
+        queue = requests.get(f"http://127.0.0.1:{site.port}/queue", timeout=LIMIT_S).json()
+        if suspect in [item[1] for item in queue["queue_running"]]:
+            beside.update(item[1] for item in queue["queue_pending"])
+    assert not beside
+    results = [site.await_result(job_id) for job_id in (suspect, *others)]
+    assert [(result["error"], result["attempt"]) for result in results] == [(None, 2)] + [(None, 1)] * 3
+
+
+def test_a_link_that_would_end_the_executor_is_refused(busy_site: Site) -> None:
+    """An input that its node does not know, linked to a node that is not there: ComfyUI takes that."""
+    bad = image_workflow()
+    bad["2"]["inputs"]["stale"] = ["77", 0]
+    error = busy_site.await_result(busy_site.send(bad))["error"]
+    assert error["kind"] == "invalid_workflow"
+    assert error["message"].startswith("node 2 StandinSleep: its input stale is linked to a node that is not there")
+    harmless = image_workflow(more={"9": {"class_type": "StandinSleep", "inputs": {"stale": ["77", 0]}}})
+    results = [busy_site.await_result(busy_site.send(workflow)) for workflow in (harmless, image_workflow())]
+    assert [result["error"] for result in results] == [None, None]
 
 
 def test_a_dead_executor_is_restarted_and_the_job_run_again(make_site: Callable[..., Site]) -> None:
@@ -170,17 +268,44 @@ def test_a_dead_executor_is_restarted_and_the_job_run_again(make_site: Callable[
     assert site.await_result(site.send(image_workflow()))["status"] == "succeeded"
 
 
-def test_a_comfyui_that_fails_twice_costs_the_instance_its_place(cloud: LocalCloud, fleet: Fleet) -> None:
+def test_a_job_that_hangs_when_the_worker_comes_does_not_hold_up_the_others(make_site: Callable[..., Site]) -> None:
+    """Its worker was killed, so nobody else notices."""
+    site = make_site(JOB_TIMEOUT="3", MAX_RECEIVES="1")
+    speed_up(site, "worker/comfy_care.py", {"INTERRUPT_S = 60": "INTERRUPT_S = 1"})
+    site.keep_comfyui()
+    orphan = new_job_id()
+    body = {"prompt": with_node("StandinDeadExecutor"), "prompt_id": orphan}
+    requests.post(f"http://127.0.0.1:{site.port}/prompt", json=body, timeout=LIMIT_S).raise_for_status()
+    await_that("it hangs", lambda: site.runs(orphan))
+    site.start_worker()
+    result = site.await_result(site.send(image_workflow()))
+    assert (result["error"], result["attempt"]) == (None, 1), "ComfyUI did not end at this one"
+
+
+def test_a_comfyui_that_fails_with_different_jobs_costs_the_instance_its_place(
+    cloud: LocalCloud, fleet: Fleet
+) -> None:
     site, machine = fleet
     site.keep_comfyui()
     site.start_worker()
-    site.send(with_node("StandinCrash"))
-    await_that("the instance is declared Unhealthy", lambda: "declared Unhealthy" in site.log())
+    for _ in range(3):
+        site.send(with_node("StandinCrash"))
+    await_that("the instance is declared Unhealthy", lambda: "3 different jobs in a row" in site.log())
     await_that("the instance is replaced", lambda: cloud.instance_state(machine.instance_id) == "terminated")
     group = group_of(cloud, f"{site.prefix}-{site.env}-asg")
     assert group["DesiredCapacity"] == 1
     assert machine.instance_id not in [instance["InstanceId"] for instance in group["Instances"]]
-    await_that("the message is back", lambda: site.depth() == (1, 0))
+    await_that("the messages are back", lambda: site.depth() == (3, 0))
+
+
+def test_a_comfyui_that_ends_at_its_warm_up_costs_the_instance_its_place(fleet: Fleet) -> None:
+    site, machine = fleet
+    (site.folder / "warm-up.json").write_text(json.dumps(with_node("StandinCrash")))
+    site.variables["WARMUP_WORKFLOW"] = "warm-up.json"
+    site.keep_comfyui()
+    site.start_worker()
+    await_that("the instance is declared Unhealthy", lambda: "ended at its warm-up, 2 times" in site.log())
+    assert machine
 
 
 @pytest.mark.parametrize("shown", ["0", "", "-1", "[not set]"])
@@ -193,7 +318,7 @@ def test_where_systemd_has_no_comfyui_nothing_is_killed(
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     killed: list[int] = []
     monkeypatch.setattr(os, "kill", lambda pid, _: killed.append(pid))
-    care = ComfyCare(*[None] * 3)  # type: ignore[arg-type]
+    care = ComfyCare(*[None] * 5)  # type: ignore[arg-type]
     care._restart(time.monotonic())
     assert killed == []
     assert care._answered_at, "it is given time to come up"

@@ -21,6 +21,7 @@ def test_commands_are_refused_on_the_fleet(busy_site: Site) -> None:
 @pytest.fixture(scope="module")
 def base_site(cloud: LocalCloud, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     site = Site(cloud, tmp_path_factory.mktemp("base") / "comfy", ENV="base", JOB_TIMEOUT="2")
+    site.variables["MALLOC_TRIM_THRESHOLD_"] = "131072"  # as start_service.sh does
     start(site)
     yield site
     site.end()
@@ -30,6 +31,7 @@ def base_site(cloud: LocalCloud, tmp_path_factory: pytest.TempPathFactory) -> It
     ("command", "status", "kind", "exit_code", "output"),
     [
         ("echo hello $COMFY_JOB_ID | cut -c1-5", "succeeded", None, 0, "hello\n"),
+        ("echo ${MALLOC_TRIM_THRESHOLD_-unset}", "succeeded", None, 0, "unset\n"),
         ("echo out; echo err >&2; exit 3", "failed", "command_failed", 3, "out\nerr\n"),
         ("yes | head -c 100000; printf end", "succeeded", None, 0, "y\n" * 2046 + "\nend"),
         ("sleep 60 & echo first; wait", "failed", "timeout", None, "first\n"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 from local_cloud import LocalCloud
 from workplace import LIMIT_S, Site, await_that, image_workflow
-from workshop import start
+from workshop import dripping_server, make_worker, start
 
-from comfy_utils import InvalidWorkflowError, JobStoppedError, new_job_id
+from comfy_utils import InvalidWorkflowError, Job, new_job_id
+from ground.comfyui import JobStoppedError
+from worker import inputs
 from worker.errors import PutBackError
 from worker.inputs import use_inputs
 from worker.retry import within
@@ -154,11 +156,28 @@ def test_the_workflow_gets_the_names_that_its_inputs_have_here() -> None:
 
 def test_an_input_that_never_ends_is_put_back() -> None:
     drip = threading.Event()
-    with pytest.raises(PutBackError):
-        within(0.3, lambda: bool(drip.wait(LIMIT_S)), lambda: False)
+    with pytest.raises(PutBackError, match=r"it has not come within 0\.3 s"):
+        within("it has not come", 0.3, lambda: bool(drip.wait(LIMIT_S)), lambda: False)
     with pytest.raises(JobStoppedError):
-        within(LIMIT_S, lambda: bool(drip.wait(LIMIT_S)), lambda: True)
+        within("it has not come", LIMIT_S, lambda: bool(drip.wait(LIMIT_S)), lambda: True)
     drip.set()
+
+
+def test_inputs_that_drip_have_one_limit_in_all(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Headers, too. The connection is cut then, and no other is made."""
+    site = make_site()
+    worker = make_worker(site, monkeypatch)
+    monkeypatch.setattr(inputs, "INPUTS_LIMIT_S", 0.5)
+    workflow = {**workflow_of("a.png"), "3": {"class_type": "LoadImage", "inputs": {"image": "b.png"}}}
+    with dripping_server() as (url, cut):
+        job = Job(new_job_id(), workflow=workflow, inputs={"a.png": url, "b.png": f"{url}/2"})
+        with pytest.raises(PutBackError, match=r"the inputs have not come within 0\.5 s"):
+            worker.jobs.inputs.fetch(job, workflow, lambda: False)
+        assert cut.wait(LIMIT_S)
+        await_that("its thread ends", lambda: not any(thread.name == "within" for thread in threading.enumerate()))
+    assert list(site.folder.glob("ComfyUI/input/jobs/*/*")) == [], "what has come of it is removed"
 
 
 # --- Workflows dropped into the bucket -------------------------------------------------------------------

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +28,7 @@ from workshop import (
 )
 
 from comfy_utils import QueueDepth, new_job_id
+from worker.held import Held
 from worker.in_hand import InHand
 from worker.intake import Intake
 from worker.lease import Lease
@@ -143,10 +145,11 @@ class FakeQueue:
 
 
 @pytest.fixture
-def intake() -> Iterator[tuple[Intake, FakeQueue]]:
+def intake(tmp_path: Path) -> Iterator[tuple[Intake, FakeQueue]]:
     """A loop that takes messages, alone in the world. Its jobs end when a test ends them: see end()."""
     queue = FakeQueue()
     shutdown = Shutdown(3, Watchdog())
+    held = Held(tmp_path / "held", "i-1", "queue")
     membership = SimpleNamespace(
         replacement=SimpleNamespace(is_due=False),
         is_outdated=lambda: False,
@@ -156,10 +159,12 @@ def intake() -> Iterator[tuple[Intake, FakeQueue]]:
     parts: Any = (
         SimpleNamespace(scale_cooldown_s=180, visibility_timeout_s=120),
         queue,
-        InHand(),
+        held,
+        InHand(held),
         shutdown,
-        SimpleNamespace(is_to_blame=lambda: False, has_failed=lambda: False, is_ready=lambda: True),
-        SimpleNamespace(warming=False),
+        SimpleNamespace(blame=lambda: None, has_failed=lambda: False, is_ready=lambda: True),
+        SimpleNamespace(blame=lambda: None, problem=lambda: None, is_full=lambda: False),
+        SimpleNamespace(warming=False, report_for_work=lambda: None),
         membership,
         lambda _: None,
     )
@@ -197,51 +202,6 @@ def test_several_messages_come_with_one_receive_once_jobs_are_known_to_be_short(
     loop.note_depth(QueueDepth(9, 1))
     await_that("all are in hand", lambda: len(loop.in_hand.leases) == 10)
     assert queue.asked == [1, 9]
-
-
-def test_what_was_given_back_comes_after_the_fresh_ones_and_nothing_after_it(
-    intake: tuple[Intake, FakeQueue],
-) -> None:
-    loop, queue = intake
-    first = know_short_jobs(loop, queue)
-    queue.add(2, 1, 1, 3, 1, 1)
-    loop.note_depth(QueueDepth(6, 1))
-    await_that("all are in hand", lambda: len(loop.in_hand.leases) == 7)
-    assert [lease.attempt for lease in loop.in_hand.leases] == [1, 1, 1, 1, 1, 2, 3]
-    queue.add(1)
-    *fresh, second, third = loop.in_hand.leases
-    end(loop.in_hand, *fresh)
-    assert first not in loop.in_hand.leases
-    end(loop.in_hand, second)
-    loop.note_depth(QueueDepth(1, 1))
-    assert loop._room() == 0, "the other may kill ComfyUI, and all that stand behind it"
-    assert queue.messages
-    third.stored = True
-    loop.note_depth(QueueDepth(1, 1))
-    await_that("one more is taken", lambda: not queue.messages)
-    end(loop.in_hand, third)
-
-
-def test_two_that_were_given_back_wait_for_each_other() -> None:
-    in_hand = InHand()
-    leases: Any = [SimpleNamespace(attempt=attempt, job_id="", has_run=False) for attempt in (2, 3, 1)]
-    in_hand.leases = leases
-    first, second, fresh = leases
-    waits = threading.Event()
-
-    def go_on() -> bool:
-        waits.set()
-        return False
-
-    in_hand.claim(first, "a", go_on)
-    thread = threading.Thread(target=in_hand.claim, args=(second, "b", go_on), daemon=True)
-    thread.start()
-    assert waits.wait(LIMIT_S)
-    in_hand.claim(fresh, "c", lambda: True)  # does not wait, or it would be stopped
-    assert (first.job_id, second.job_id, fresh.job_id) == ("a", "", "c")
-    in_hand.note_run(first)
-    thread.join(LIMIT_S)
-    assert second.job_id == "b"
 
 
 def test_a_worker_keeps_jobs_ready_where_all_others_still_boot(cloud: LocalCloud, fleet: Fleet, calls: Calls) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
+from collections.abc import Callable
+from typing import Any
 
 import pytest
+from PIL import Image
 from places import ROOT
 from workplace import Site, await_that, image_workflow
-from workshop import with_node
+from workshop import make_worker, remembering_receiver, with_node
 
 from comfy_utils import new_job_id
+from worker.lease import Lease
 
 
 def test_a_raw_workflow_as_the_originals_users_send_it(busy_site: Site) -> None:
@@ -140,7 +145,8 @@ def test_a_prefix_that_climbs_is_refused(busy_site: Site) -> None:
 def test_text_that_is_no_unicode_does_not_stop_the_result(busy_site: Site) -> None:
     body = '{"prompt": {"1": {"class_type": "X\\ud800", "inputs": {}}}}'
     result = busy_site.await_result(busy_site.send(body))
-    assert result["error"]["kind"] == "invalid_workflow"
+    assert result["error"]["kind"] == "invalid_message"
+    assert "half a character" in result["error"]["message"]
     assert json.dumps(result)
 
 
@@ -168,3 +174,89 @@ def test_a_job_that_finished_on_another_instance_is_not_run_here(busy_site: Site
     busy_site.await_empty_queue()
     assert busy_site.runs(job_id) == 0
     assert busy_site.result(job_id) == receipt
+
+
+# --- What goes beside a workflow ---------------------------------------------------------------------------
+
+SECRET = 'comfyui-0123456789/"ü'
+
+
+@pytest.mark.parametrize("out", ["text", "error", "block"])
+def test_the_key_of_an_api_node_reaches_it_and_nobody_else(busy_site: Site, out: str) -> None:
+    with remembering_receiver(refuse=0) as (url, called):
+        more = {"4": {"class_type": "StandinApi", "inputs": {"image": ["1", 0], "out": out}}}
+        body = {"prompt": image_workflow(0.1, more=more), "callback_url": url, "api_key": 1}
+        job_id = busy_site.send(body | {"extra_data": {"api_key_comfy_org": SECRET}})
+        result = busy_site.await_result(job_id)
+        busy_site.await_empty_queue()
+    hidden = "Unauthorized: the key *** is not known"
+    found = {"text": result["values"], "error": result["error"], "block": result["warnings"]}[out]
+    assert hidden in json.dumps(found), "it reached the node, and the rest of what that said is there"
+    assert result["warnings"][0] == "unknown key 'api_key': not used"
+    assert (result["status"] == "failed") == (out == "error")
+    (_, told), *_ = called
+    assert json.loads(told) == result
+    log = busy_site.log()
+    assert job_id in log
+    stored = busy_site.s3.get_object(Bucket=busy_site.bucket, Key=f"output/{job_id}/result.json")["Body"].read()
+    for secret in (SECRET, json.dumps(SECRET)[1:-1]):
+        assert secret not in log + stored.decode() + told.decode() + json.dumps(result, ensure_ascii=False)
+
+
+def workflow_of_picture(site: Site, result: dict[str, Any]) -> Any:
+    """The workflow that a job's picture carries."""
+    (output,) = [output for output in result["outputs"] if output["type"] == "output"]
+    body = site.s3.get_object(Bucket=site.bucket, Key=output["s3_key"])["Body"].read()
+    return json.loads(Image.open(io.BytesIO(body)).info.get("workflow", "null"))
+
+
+def test_a_picture_carries_the_workflow_that_came_beside_it(busy_site: Site) -> None:
+    """In the message, or by the bucket where a message has no room for it."""
+    drawn = {"nodes": [{"id": 1, "type": "SaveImage"}], "links": []}
+    job_id, key = new_job_id(), "input/jobs/{}.json"
+    extra_data = {"extra_pnginfo": {"workflow": drawn}}
+    first = busy_site.send({"prompt": image_workflow(), "extra_data": extra_data})
+    api = {"4": {"class_type": "StandinApi", "inputs": {"image": ["1", 0], "out": "text"}}}
+    file = {"prompt": image_workflow(more=api), "extra_data": extra_data, "callback_url": "https://x/"}
+    busy_site.s3.put_object(Bucket=busy_site.bucket, Key=key.format(job_id), Body=json.dumps(file).encode())
+    busy_site.send(
+        {"workflow_key": key.format(job_id), "job_id": job_id, "extra_data": {"api_key_comfy_org": SECRET}}
+    )
+    assert workflow_of_picture(busy_site, busy_site.await_result(first)) == drawn
+    result = busy_site.await_result(job_id)
+    assert workflow_of_picture(busy_site, result) == drawn
+    assert result["values"]["4"]["text"] == ["Unauthorized: the key *** is not known"]
+    assert result["warnings"] == ["the key 'callback_url' is not used here: put it into a message"]
+
+
+def test_a_number_that_cannot_be_sent_is_the_messages_fault(busy_site: Site) -> None:
+    """Nothing is put back, and the next job runs on the same instance."""
+    job_id = busy_site.send('{"1": {"class_type": "EmptyImage", "inputs": {"width": 1e999}}}')
+    result = busy_site.await_result(job_id)
+    assert (result["error"]["kind"], result["attempt"]) == ("invalid_message", 1)
+    assert result["error"]["message"].startswith("node 1 EmptyImage: its input width is inf, which JSON cannot say")
+    assert busy_site.await_result(busy_site.send(image_workflow()))["status"] == "succeeded"
+    assert f"Message {job_id} is put back" not in busy_site.log()
+
+
+def test_a_message_in_an_envelope_runs_under_the_envelopes_id(busy_site: Site) -> None:
+    told = new_job_id()
+    for _ in range(2):  # SNS may deliver twice
+        busy_site.send({"Type": "Notification", "MessageId": told, "TopicArn": "arn:aws:sns:us-west-2:1:jobs",
+                        "Message": json.dumps({"prompt": image_workflow()})})  # fmt: skip
+    assert busy_site.await_result(told)["status"] == "succeeded"
+    busy_site.await_empty_queue()
+    assert busy_site.runs(told) == 1
+
+
+def test_an_attempt_that_is_stopped_before_it_begins_is_noted_under_the_jobs_own_id(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = make_site(MAX_RECEIVES="1")
+    worker = make_worker(site, monkeypatch)
+    worker.shutdown.stop.set()
+    job_id = new_job_id()
+    site.send({"prompt": image_workflow(), "job_id": job_id})
+    (message,) = worker.queue.receive(1, 0)
+    worker.jobs.process(Lease(worker.queue, message, 60))
+    assert site.keys("output/") == [f"output/{job_id}/attempts.json", f"output/{job_id}/result.json"]

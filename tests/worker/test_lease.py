@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import time
 from collections.abc import Callable
 
 import pytest
+from botocore.exceptions import ClientError
 from local_cloud import Fault
 from workplace import Site, await_that, image_workflow
 from workshop import Calls
 
 from comfy_utils import new_job_id
 from worker import lease
+from worker.lease import Lease
+from worker.queue import Queue
 
 
 def test_a_long_job_is_held_and_not_run_twice(make_site: Callable[..., Site]) -> None:
@@ -36,6 +41,7 @@ def test_a_killed_workers_job_is_adopted(make_site: Callable[..., Site]) -> None
     await_that("the job runs", lambda: site.runs(job_id))
     os.killpg(worker.pid, signal.SIGKILL)
     worker.wait()
+    shutil.rmtree(site.folder / "held")  # or it would not wait for the lease's end: see test_held.py
     site.start_worker()
     result = site.await_result(job_id)
     assert (result["status"], result["attempt"]) == ("succeeded", 2)
@@ -108,3 +114,57 @@ def test_a_lease_never_asks_for_more_than_twelve_hours(monkeypatch: pytest.Monke
     await_that("three extensions", lambda: len(asked) >= 3)
     held.end()
     assert asked[:3] == [1, 0, 0]
+
+
+class Messages(Queue):
+    """A queue that notes what is hidden for how long, and cannot delete where it has an error."""
+
+    def __init__(self, error: str = "") -> None:
+        self.error = error
+        self.hidden: list[tuple[str, int]] = []
+
+    def hide(self, receipt: str, seconds: int) -> None:
+        self.hidden.append((receipt, seconds))
+
+    def delete(self, receipt: str, *, more_come: bool = False) -> None:
+        if self.error:
+            message = f"{receipt}, more come: {more_come}"
+            raise ClientError({"Error": {"Code": self.error, "Message": message}}, "DeleteMessageBatch")
+
+
+def a_lease(queue: Queue, timeout_s: int = 60) -> Lease:
+    attributes = {"ApproximateReceiveCount": "1", "SentTimestamp": "0"}
+    return Lease(queue, {"MessageId": "m", "ReceiptHandle": "r", "Attributes": attributes}, timeout_s)
+
+
+def test_a_message_is_given_back_once() -> None:
+    """By the thread of its job, and by that which gives back all. It might be another's by then."""
+    queue = Messages()
+    held = a_lease(queue)
+    for _ in range(2):
+        held.put_back(0)
+    assert queue.hidden == [("r", 0)]
+
+
+def test_a_message_whose_time_has_run_out_is_not_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the worker stood still: whoever has received it since would lose it."""
+    queue = Messages()
+    held = a_lease(queue)
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 61)
+    held.put_back(0)
+    assert queue.hidden == []
+
+
+@pytest.mark.parametrize("code", lease.LEASE_LOST_CODES)
+def test_a_message_that_is_another_s_by_now_is_deleted_by_that(code: str) -> None:
+    held = a_lease(Messages(code))
+    held.delete()
+    assert held.lost
+
+
+def test_a_message_that_cannot_be_deleted_now_is_still_held() -> None:
+    held = a_lease(Messages("ServiceUnavailable"))
+    with pytest.raises(ClientError):
+        held.delete()
+    assert not held.lost

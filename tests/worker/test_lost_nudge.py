@@ -103,6 +103,7 @@ class Fleet:
         assert self.group()["DesiredCapacity"] == 0
 
 
+@pytest.mark.sampled("stories", 3)
 def test_nobody_waits_for_ever(
     cloud: LocalCloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sample: Sample
 ) -> None:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import gzip
 import json
+import logging
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+from places import ROOT
 from workplace import LIMIT_S, Site, await_that, image_workflow
 from workshop import make_worker, start
 
 from comfy_utils import new_job_id
 from worker.progress import Progress
+from worker.reports import OneLine
 
 
 def test_worker_json_tells_what_the_worker_does(
@@ -69,6 +75,37 @@ def test_a_log_is_uploaded_only_when_it_has_changed(
         file.write("two\n")
     worker.reports.upload_logs()
     assert puts() == 2
+
+
+def test_a_message_is_one_line_of_the_log_whatever_it_says(tmp_path: Path) -> None:
+    formatter = OneLine("%(levelname)s %(message)s")
+    odd = "\x1b[31mred\x1b[0m\n2026-01-01 00:00:00,000 WARNING Message x is put back " + "y" * 100_000
+
+    def said(exc_info: Any = None) -> list[str]:
+        record = logging.LogRecord("x", logging.WARNING, "x.py", 1, "Job %s", (odd,), exc_info)
+        return formatter.format(record).splitlines()
+
+    (line,) = said()
+    assert line.startswith("WARNING Job red 2026-01-01 00:00:00,000 WARNING Message x is put back yyy")
+    assert line.isprintable()
+    assert len(line) < 4100
+    try:
+        raise ValueError(odd)
+    except ValueError:
+        first, *traceback = said(sys.exc_info())
+    assert first == line
+    assert len(traceback) > 3
+    assert all(each.startswith("    ") and each.isprintable() and len(each) < 4100 for each in traceback)
+    set_up = (
+        f"import logging, pathlib, worker.reports; worker.reports.set_up_logging(pathlib.Path({str(tmp_path)!r})); "
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", set_up + r"logging.getLogger('x').warning('a\n\x1b[1mb')"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    for text in (ran.stdout, (tmp_path / "parse_job.log").read_text()):
+        assert text.endswith("WARNING a b\n")
+        assert text.count("\n") == 1
 
 
 def test_an_unwritable_log_folder_does_not_stop_jobs(make_site: Callable[..., Site]) -> None:

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from local_cloud import Fault
 from workplace import LIMIT_S, Site, await_that, image_workflow
-from workshop import Calls, make_worker, start, started_and_ended
+from workshop import Calls, make_worker, speed_up, start, started_and_ended
 
-from comfy_utils import OutputFile, new_job_id
+from comfy_utils import ENDED, new_job_id, parse_ended_key
+from ground.answers import OutputFile
 
 
 def test_the_first_result_stands(make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,26 +26,33 @@ def test_the_first_result_stands(make_site: Callable[..., Site], monkeypatch: py
     second = {**first, "status": "failed"}
     assert worker.results.store(second) == first
     assert site.result(first["job_id"]) == first
+    (key,) = site.keys(ENDED)
+    assert parse_ended_key(key) == (int(key[len(ENDED) :].partition("-")[0]), first["job_id"]), "listed once"
+
+
+def test_a_receipt_stands_also_where_the_list_of_ended_jobs_cannot_be_written(
+    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch, calls: Calls
+) -> None:
+    site = make_site()
+    worker = make_worker(site, monkeypatch)
+    write = worker.results.bucket.write
+
+    def refuse(key: str, body: bytes, **more: Any) -> None:
+        calls.next("PUT", Fault(403, "AccessDenied"), times=int(key.startswith(ENDED)))
+        write(key, body, **more)
+
+    monkeypatch.setattr(worker.results.bucket, "write", refuse)
+    made = {"job_id": new_job_id(), "status": "succeeded"}
+    assert worker.results.store(made) == made
+    assert (calls.faults_left(), site.result(made["job_id"]), site.keys(ENDED)) == (0, made, [])
 
 
 def test_a_named_file_that_is_gone_is_no_success(
     make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = make_worker(make_site(), monkeypatch)
-    outputs, missing = worker.results.store_files(
-        new_job_id(), [OutputFile("9", "images", "gone.png", "x", "output")]
-    )
-    assert outputs == []
-    assert missing == ["node 9: its file x/gone.png is not there"]
-
-
-@pytest.mark.parametrize("subfolder", ["../..", "/etc", "a/../../.."])
-def test_a_file_outside_comfyuis_folders_is_never_read(
-    make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch, subfolder: str
-) -> None:
-    worker = make_worker(make_site(), monkeypatch)
-    assert worker.results.local_path(OutputFile("9", "images", "passwd", subfolder, "output")) is None
-    assert worker.results.local_path(OutputFile("9", "images", "x", "", "input")) is None
+    stored = worker.results.store_files(new_job_id(), [OutputFile("9", "images", "gone.png", "x", "output")])
+    assert stored == ([], ["node 9: its file output/x/gone.png is not there"], [])
 
 
 def test_files_without_an_entry_in_the_history_are_stored(
@@ -55,7 +64,7 @@ def test_files_without_an_entry_in_the_history_are_stored(
     folder = site.folder / "job-output" / job_id / "loras"
     folder.mkdir(parents=True)
     (folder / "x.safetensors").write_bytes(b"weights")
-    outputs, _ = worker.results.store_files(job_id, [])
+    outputs = worker.results.store_files(job_id, []).outputs
     assert [(output["node_id"], output["s3_key"]) for output in outputs] == [
         (None, f"output/{job_id}/loras/x.safetensors")
     ]
@@ -81,7 +90,7 @@ def test_files_are_uploaded_side_by_side_and_named_in_order(
         return put(**arguments)
 
     monkeypatch.setattr(worker.results.bucket.s3, "put_object", put_object)
-    outputs, _ = worker.results.store_files(job_id, named)
+    outputs = worker.results.store_files(job_id, named).outputs
     assert [output["s3_key"] for output in outputs] == [f"output/{job_id}/{number}.png" for number in range(4)]
     assert len(site.keys(f"output/{job_id}/")) == 4
 
@@ -97,7 +106,7 @@ def test_a_file_that_mountpoint_has_written_costs_one_head(
     path.write_bytes(b"a picture")
     site.s3.put_object(Bucket=site.bucket, Key=f"output/{job_id}/x.png", Body=b"a picture")
     heads, puts, gets = (calls.count(method) for method in ("HEAD", "PUT", "GET"))
-    outputs, _ = worker.results.store_files(job_id, [])
+    outputs = worker.results.store_files(job_id, []).outputs
     assert [output["s3_key"] for output in outputs] == [f"output/{job_id}/x.png"]
     assert (heads(), puts(), gets()) == (1, 0, 0)
     path.write_bytes(b"another one")
@@ -129,6 +138,15 @@ def peak_mb(pid: int) -> float:
     """The most memory a process has used."""
     (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmHWM")]
     return int(line.split()[1]) / 1024
+
+
+def test_who_follows_each_step_hears_of_it_at_once(make_site: Callable[..., Site]) -> None:
+    """Others hear every five seconds, here never."""
+    site = make_site()
+    speed_up(site, "worker/job.py", {"PROGRESS_S = 5\n": "PROGRESS_S = 3600\n"})
+    start(site)
+    job_id = site.send({"prompt": image_workflow(600), "live": True})
+    await_that("it tells of itself", lambda: site.keys(f"output/{job_id}/progress.json"))
 
 
 def test_progress_says_how_long_such_a_job_ran_before(make_site: Callable[..., Site]) -> None:

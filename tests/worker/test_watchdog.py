@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from workplace import LIMIT_S, Site, await_that
 from workshop import make_worker
 
+import parse_job
 from worker import watchdog
 from worker.shutdown import Shutdown
 from worker.watchdog import TURN_LIMIT_S, Watchdog
@@ -74,6 +76,49 @@ def test_one_thread_that_hangs_is_enough(systemd: socket.socket) -> None:
         other.join(LIMIT_S)
         dog.tell_systemd()
         assert hears(systemd), "who is no longer under watch does not hang"
+
+
+@pytest.fixture
+def leaving(make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch) -> parse_job.Worker:
+    """A worker that leaves, and ends when it has completed its lifecycle action."""
+    worker = make_worker(make_site(), monkeypatch)
+    monkeypatch.setattr(parse_job, "BEAT_S", 0.02)
+    monkeypatch.setattr(worker.lifecycle, "complete", worker.shutdown.stop.set)
+    worker.shutdown.drain.set()
+    return worker
+
+
+def leave(worker: parse_job.Worker) -> None:
+    """Its loop has ended."""
+    intake = threading.Thread(target=lambda: None)
+    intake.start()
+    worker.leave(intake)
+
+
+def test_while_a_hook_takes_its_time_systemd_and_the_group_hear_that_it_goes_on(
+    leaving: parse_job.Worker, monkeypatch: pytest.MonkeyPatch, systemd: socket.socket
+) -> None:
+    beats = threading.Semaphore(0)
+    monkeypatch.setattr(leaving.lifecycle, "turn", beats.release)
+    heard: list[bool] = []
+
+    def hook(_: str) -> None:
+        heard.append(all(beats.acquire(timeout=LIMIT_S) and hears(systemd) for _ in range(3)))
+
+    monkeypatch.setattr(parse_job, "before_exit", hook)
+    leave(leaving)
+    assert heard == [True]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("ends", [threading.Event().wait, sys.exit, lambda: 1 / 0])
+def test_a_hook_that_hangs_or_fails_keeps_no_instance(
+    leaving: parse_job.Worker, monkeypatch: pytest.MonkeyPatch, ends: Callable[[], object]
+) -> None:
+    monkeypatch.setattr(parse_job, "BEFORE_EXIT_LIMIT_S", 0.2)
+    monkeypatch.setattr(parse_job, "before_exit", lambda _: ends())
+    leave(leaving)
+    assert leaving.shutdown.stop.is_set(), "the lifecycle action is completed"
 
 
 def hears(systemd: socket.socket) -> bool:

@@ -11,10 +11,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from workplace import LIMIT_S, Site, await_that, image_workflow
-from workshop import receiver, remembering_receiver, start
+from workshop import dripping_server, make_worker, receiver, remembering_receiver, start
 
-from comfy_utils import InvalidWorkflowError, new_job_id
-from worker import web
+from comfy_utils import InvalidWorkflowError, Job, new_job_id
+from worker import results, web
+from worker.errors import PutBackError
 from worker.results import CALLBACK_TRIES
 
 
@@ -81,6 +82,26 @@ def test_a_redirect_is_not_followed_and_not_accepted(make_site: Callable[..., Si
         assert sum(site.depth()) == 1
 
 
+def test_an_answer_that_drips_has_one_limit_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte is within the time that a read may take. Neither the connection nor its thread is left behind."""
+    monkeypatch.setattr(web, "POST_LIMIT_S", 0.5)
+    others = set(threading.enumerate())
+    with dripping_server() as (url, cut):
+        assert web.post_result(url, {}, "") == "it was not answered within 0.5 s"
+        assert cut.wait(LIMIT_S)
+        ours = [thread for thread in threading.enumerate() if thread.name == "within" and thread not in others]
+        await_that("its thread ends", lambda: not any(thread.is_alive() for thread in ours))
+
+
+def test_a_callback_that_drips_is_put_back(make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch) -> None:
+    site = make_site()
+    worker = make_worker(site, monkeypatch)
+    monkeypatch.setattr(web, "POST_LIMIT_S", 0.2)
+    monkeypatch.setattr(results, "backoff_s", lambda _: 0.0)
+    with dripping_server() as (url, _), pytest.raises(PutBackError, match=r"not answered within 0\.2 s"):
+        worker.results.call_back(Job(new_job_id(), callback_url=url), {})
+
+
 @pytest.mark.parametrize(
     "url",
     ["http://169.254.169.254/latest", "http://[fe80::1]/", "http://[::ffff:169.254.169.254]/", "file:///etc/passwd"],
@@ -103,7 +124,7 @@ def test_a_name_that_resolves_anew_leads_nowhere(monkeypatch: pytest.MonkeyPatch
     url = f"http://127.0.0.1:{server.server_port}/rebound"
     monkeypatch.setattr(web, "refuse_link_local", lambda _: None)  # the name was checked when it was harmless
     monkeypatch.setattr(web, "is_link_local", lambda address: address == "127.0.0.1")
-    with pytest.raises(InvalidWorkflowError, match="link-local"), web.open_url("x", url):
+    with pytest.raises(InvalidWorkflowError, match="link-local"), web.open_url("x", url, web.Connections()):
         pass
     assert "link-local" in web.post_result(url, {}, "")
     server.shutdown()

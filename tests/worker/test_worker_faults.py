@@ -25,6 +25,7 @@ OPERATIONS = [
 ]
 
 
+@pytest.mark.sampled("failing calls", 2)
 @pytest.mark.parametrize("code", ["ThrottlingException", "InternalError", "AccessDenied"])
 def test_every_aws_call_may_fail_and_nothing_is_lost(make_site: Callable[..., Site], calls: Calls, code: str) -> None:
     site = make_site(VISIBILITY_TIMEOUT="3")

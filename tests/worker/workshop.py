@@ -200,3 +200,27 @@ def remembering_receiver(*, refuse: int) -> Iterator[tuple[str, list[tuple[dict[
 
     with receiver(note) as url:
         yield url, calls
+
+
+@contextmanager
+def dripping_server() -> Iterator[tuple[str, threading.Event]]:
+    """A server that answers with a byte of a header now and then, and never ends; yields its address, and what is set
+    once it is cut off."""
+    stop, cut = threading.Event(), threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def handle(self) -> None:
+            try:
+                self.connection.sendall(b"HTTP/1.1 200 OK\r\nX-Drip: ")
+                while not stop.wait(0.05):
+                    self.connection.sendall(b"x")
+            except OSError:
+                cut.set()
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/drip", cut
+    finally:
+        stop.set()
+        server.shutdown()
