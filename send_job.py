@@ -6,8 +6,11 @@
     result = send_job.wait(job_id, timeout=3600)
     paths = send_job.download(result, "pictures")
 
-All calls block; in asyncio `await asyncio.to_thread(send_job.wait, job_id)` does not. Works when copied elsewhere
-with only comfy_utils.py and `env` (and the demo workflow) beside it.
+    for result in send_job.as_completed(job_ids):
+        ...
+
+These calls block; for asyncio there are `await wait_async(job_id)` and `async for … in as_completed_async(job_ids)`. Works when copied elsewhere
+with only comfy_utils.py and `env` (and the demo workflow) beside it; the process environment may stand for `env`.
 """
 
 from __future__ import annotations
@@ -18,50 +21,62 @@ import math
 import re
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from datetime import UTC, datetime
-from functools import cached_property
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from comfy_utils import (
+    ADDRESS,
+    ENDED,
     HERE,
     MAX_MESSAGE_BYTES,
     OBJECT_INFO_KEY,
     Capacity,
-    ComfyGoneError,
-    ComfyUI,
     InvalidMessageError,
     InvalidWorkflowError,
-    JobTimeoutError,
     QueueDepth,
     Settings,
     SettingsError,
     Workflow,
-    WorkflowRefusedError,
     aws_client,
     cancel_key,
-    capacity_problem,
+    check_extra_data,
     check_inputs,
     check_workflow,
+    count,
+    ended_key,
     error_code,
-    error_of,
-    explain_node_errors,
     is_job_id,
+    is_node,
     large_workflow_key,
+    load_json,
     load_settings,
     new_job_id,
-    outputs_of,
-    own_outputs,
+    one_line,
+    parse_ended_key,
+    printable,
+    progress_key,
     queue_depth,
     raise_capacity,
     result_key,
+    say,
 )
+
+# Business code finds these here, too.
+from comfy_utils import JobError as JobError  # noqa: PLC0414
+from comfy_utils import JobOutput as JobOutput  # noqa: PLC0414
+from comfy_utils import JobProgress as JobProgress  # noqa: PLC0414
+from comfy_utils import JobResult as JobResult  # noqa: PLC0414
+from comfy_utils import JobTimings as JobTimings  # noqa: PLC0414
+from comfy_utils import Problem as Problem  # noqa: PLC0414
+from comfy_utils import WorkflowProblemsError as WorkflowProblemsError  # noqa: PLC0414
 
 if TYPE_CHECKING:
     import argparse
+
+    from sender.check import FleetCheck
+    from sender.outlook import Outlook
 
 DEMO_WORKFLOW = HERE / "simple_workflow.json"
 
@@ -73,6 +88,7 @@ def submit(
     workflow: Workflow,
     *,
     inputs: Mapping[str, str] | None = None,
+    extra_data: Mapping[str, Any] | None = None,
     job_id: str | None = None,
     callback_url: str | None = None,
     check: bool = True,
@@ -81,20 +97,22 @@ def submit(
     """Send one API-format workflow to the fleet, raise its capacity, and return the job id.
 
     The result will stand in s3://<bucket>/output/<job_id>/result.json. `inputs` says from which http(s) or s3
-    address the worker is to fetch files that the workflow names, such as {"photo.png": "https://..."}. `env` names
-    another environment than the settings file does; `callback_url` is POSTed the result. The workflow is checked against the
-    nodes and models of the fleet, where they are known, unless `check` is False: WorkflowProblemsError names
-    all that ComfyUI would refuse, and what it may refuse, or drop, becomes a Python warning. Raises
-    InvalidWorkflowError, InvalidMessageError, SettingsError, and what boto3 raises when the message could not be
-    sent. A capacity that could not be raised is no error: the job is on the queue, and the fleet's other nets start
+    address the worker is to fetch files that the workflow names, such as {"photo.png": "https://..."}. `extra_data` is
+    what ComfyUI's POST /prompt takes under that name; its texts, but for those in `extra_pnginfo`, which pictures carry,
+    are secrets that neither logs nor results show. `env` names another environment than the settings do;
+    `callback_url` is POSTed the result. The workflow is checked against the nodes and models of the fleet, where they
+    are known, unless `check` is False: WorkflowProblemsError names all that ComfyUI would refuse, and what it may
+    refuse, or drop, becomes a Python warning. Raises InvalidWorkflowError, InvalidMessageError, SettingsError, and what
+    boto3 raises when the message could not be sent. A capacity that could not be raised is no error: the job is on the queue, and the fleet's other nets start
     an instance.
     """
     sender = Sender(load_settings(env))
     body: dict[str, Any] = {"prompt": check_workflow(workflow)}
     if inputs:
         body["inputs"] = check_inputs(dict(inputs))
-    if check:
-        warn_of(FleetCheck(sender.settings, inputs or ()).check(workflow))
+    body |= extra_of(extra_data)
+    if check and (fleet := fleet_check(sender.settings, inputs or (), warn_in_python)):
+        warn_of(fleet.check(workflow))
     return _submit(sender, body, job_id, callback_url)
 
 
@@ -112,6 +130,7 @@ def submit_command(
 def submit_many(
     workflows: Iterable[Workflow],
     *,
+    extra_data: Mapping[str, Any] | None = None,
     job_ids: Sequence[str] | None = None,
     callback_url: str | None = None,
     check: bool = True,
@@ -122,16 +141,17 @@ def submit_many(
     They travel ten to a request and several requests at once, and the capacity is raised once for all. All
     are checked before the first is sent: InvalidWorkflowError and InvalidMessageError say which is meant, counting
     from 1. Raises NotAllSentError, which names them, when some could not be sent. With `job_ids` of yours, one for
-    each workflow, it is harmless to send the same jobs again: an id is run once.
+    each workflow, it is harmless to send the same jobs again: an id is run once. All get the same `extra_data`.
     """
-    bodies = []
+    bodies: list[dict[str, Any]] = []
+    extra = extra_of(extra_data)
     for number, workflow in enumerate(workflows, 1):
         with meaning(f"workflow {number}"):
-            bodies.append({"prompt": check_workflow(workflow)})
+            bodies.append({"prompt": check_workflow(workflow)} | extra)
     if not bodies:
         return []
     sender = Sender(load_settings(env))
-    fleet = FleetCheck(sender.settings) if check else None
+    fleet = fleet_check(sender.settings, (), warn_in_python) if check else None
     for number, body in enumerate(bodies, 1):
         with meaning(f"workflow {number}"):
             warn_of(fleet.check(body["prompt"]) if fleet else ())
@@ -166,12 +186,13 @@ def wait(
     """Wait until the job has succeeded, and return its result.
 
     `on_progress` is called with each news of the running job; they come every five seconds at most. Raises JobFailed
-    when it failed, WaitTimeoutError (a TimeoutError) after `timeout` seconds, and what boto3 raises when results
-    cannot be read; what passes, such as a broken line, is waited through. The job itself goes on in any case. One
-    look for a result is one S3 request, every half a second at first and every five seconds later. Without a timeout
-    a job that went to the dead-letter queue, which gets no result, is waited for without end.
+    when it failed, WaitTimeoutError (a TimeoutError) after `timeout` seconds, JobLostError when nobody can write a
+    result any more, by what is seen of the queue, and what boto3 raises when results cannot be read; what passes,
+    such as a broken line, is waited through. The job itself goes on in any case. One look for a result is one S3
+    request, every half a second at first and every five seconds later; one for the queue comes every half a minute.
     """
     s3, bucket = _bucket(job_id, env)
+    lost = LostWatch(Sender(load_settings(env)))
     last: JobProgress | None = None
 
     def look_for_progress() -> None:
@@ -181,10 +202,75 @@ def wait(
             last = progress
             on_progress(progress)
 
-    (ended,) = wait_for(s3, bucket, [job_id], timeout_s=timeout, after_round=look_for_progress)
+    (ended,) = wait_for(s3, bucket, [job_id], timeout_s=timeout, after_round=look_for_progress, why_lost=lost.look)
     if ended["error"]:
         raise JobFailed(ended, ended["error"])
     return ended
+
+
+def as_completed(
+    job_ids: Iterable[str], *, timeout: float | None = None, env: str | None = None
+) -> Iterator[JobResult]:
+    """Yield the result of each of these jobs once it has ended, failed ones, too, in the order in which they are found.
+
+    However many they are, they cost some five requests to S3 a second at most. Raises InvalidMessageError at
+    once for what is no job id. In the loop: WaitTimeoutError when `timeout` seconds have gone by and not all have ended,
+    JobLostError when those that are left will get no result, and what boto3 raises, as `wait` does.
+    """
+    job_ids = check_job_ids(job_ids)
+    settings = load_settings(env)
+    s3, lost = aws_client("s3", settings.region), LostWatch(Sender(settings))
+    return wait_for(s3, settings.s3_bucket, job_ids, timeout_s=timeout, why_lost=lost.look)
+
+
+async def wait_async(job_id: str, *, timeout: float | None = None, env: str | None = None) -> JobResult:
+    """As `wait`, for asyncio: all who wait in one event loop share one look-out, and no thread waits for any of them."""
+    (ended,) = [each async for each in as_completed_async([job_id], timeout=timeout, env=env)]
+    if ended["error"]:
+        raise JobFailed(ended, ended["error"])
+    return ended
+
+
+def as_completed_async(
+    job_ids: Iterable[str], *, timeout: float | None = None, env: str | None = None
+) -> AsyncIterator[JobResult]:
+    """As `as_completed`, for asyncio: `async for result in send_job.as_completed_async(job_ids)`."""
+    return _as_completed_async(check_job_ids(job_ids), timeout, env)
+
+
+async def _as_completed_async(job_ids: list[str], timeout: float | None, env: str | None) -> AsyncIterator[JobResult]:
+    import asyncio
+
+    try:
+        from sender.lookout import Lookout, shared
+    except ImportError:
+        raise ImportError(
+            "to wait in asyncio the folder sender/ has to lie beside send_job.py: copy it there"
+        ) from None
+    settings = await asyncio.to_thread(load_settings, env)
+
+    def make() -> tuple[Receipts, LostWatch]:
+        return Receipts(aws_client("s3", settings.region), settings.s3_bucket), LostWatch(Sender(settings))
+
+    lookout = shared(settings, lambda: Lookout(make, lambda job_id, reason: JobLostError([job_id], reason)))
+    futures = [lookout.wait_for(job_id) for job_id in job_ids]
+    lost: list[JobLostError] = []
+    try:
+        for future in asyncio.as_completed(futures, timeout=timeout):
+            try:
+                ended: JobResult = await future
+            except JobLostError as error:
+                lost.append(error)
+                continue
+            yield ended
+    except TimeoutError:
+        left = sum(not future.done() for future in futures)
+        raise WaitTimeoutError(f"{count(left, 'job')} had no result after {timeout:g} s") from None
+    finally:
+        for each in futures:
+            each.cancel()
+    if lost:
+        raise JobLostError([error.job_ids[0] for error in lost], lost[0].reason)
 
 
 def result(job_id: str, *, env: str | None = None) -> JobResult | None:
@@ -205,16 +291,26 @@ def cancel(job_id: str, *, env: str | None = None) -> None:
 
 
 class JobFailed(Exception):  # noqa: N818
-    """The job failed. `error` says why, `result` is all of its result."""
+    """The job failed. `error` says why, `result` is all of its result; as a text it is one line that can be printed."""
 
     def __init__(self, result: JobResult, error: JobError) -> None:
-        super().__init__(f"job {result['job_id']} failed: {error['message']}")
+        super().__init__(printable(f"job {result['job_id']} failed: {error['message']}"))
         self.result = result
         self.error = error
 
 
 class WaitTimeoutError(TimeoutError):
     """Jobs had no result yet when the time was up."""
+
+
+class JobLostError(Exception):
+    """Nobody can write the results of these jobs any more. The text says what was seen, and what to do."""
+
+    def __init__(self, job_ids: Sequence[str], reason: str) -> None:
+        more = " and others" if len(job_ids) > 1 else ""
+        super().__init__(f"{count(len(job_ids), 'job')} ({job_ids[0]}{more}) will get no result: {reason}")
+        self.job_ids = list(job_ids)
+        self.reason = reason
 
 
 class NotAllSentError(Exception):
@@ -229,104 +325,6 @@ class NotAllSentError(Exception):
         self.reason = reason
 
 
-class WorkflowProblemsError(InvalidWorkflowError):
-    """The fleet's ComfyUI would refuse this workflow; `problems` is all that is wrong with it."""
-
-    def __init__(self, what: str, problems: Sequence[Problem]) -> None:
-        super().__init__(f"{what} cannot run on the fleet: " + "; ".join(map(str, problems)))
-        self.problems = problems
-
-
-class Problem(NamedTuple):
-    """One thing about a workflow that the fleet's ComfyUI refuses, or may refuse where `certain` is False."""
-
-    node_id: str | None
-    title: str | None
-    text: str
-    remedy: str
-    certain: bool = True
-
-    @classmethod
-    def of(cls, node_id: str, node: dict[str, Any], text: str, remedy: str, certain: bool = True) -> Problem:
-        """A problem with a node, under the title that it has in the workflow."""
-        meta = node.get("_meta")
-        title = meta.get("title") if isinstance(meta, dict) else None
-        return cls(node_id, title or node["class_type"], text, remedy, certain)
-
-    def __str__(self) -> str:
-        node = f"node {self.node_id} {self.title}: " if self.node_id else ""
-        return f"{node}{self.text}: {self.remedy}"
-
-
-class JobResult(TypedDict):
-    """A job's result: what stands in its result.json."""
-
-    job_id: str
-    status: Literal["succeeded", "failed"]
-    env: str
-    instance_id: str
-    attempt: int
-    outputs: list[JobOutput]
-    values: dict[str, dict[str, Any]]
-    """Outputs that are not files, such as text: node id -> name -> list."""
-    warnings: list[str]
-    error: JobError | None
-    source: NotRequired[str]
-    """Of a job that was dropped into the bucket: which file it was."""
-    timings: JobTimings
-
-
-class JobOutput(TypedDict):
-    """A file that a job made; `kind` is images, gifs, audio, …, `type` output or temp."""
-
-    node_id: str | None
-    """None for a file that the history does not name, such as a saved checkpoint."""
-    kind: str
-    filename: str
-    subfolder: str
-    type: str
-    s3_key: str
-
-
-class JobError(TypedDict):
-    """Why a job failed: what kind of error it is, and one sentence for people."""
-
-    kind: str
-    message: str
-    node_id: str | None
-    node_type: str | None
-    node_errors: dict[str, Any]
-    detail: str | None
-
-
-class JobTimings(TypedDict):
-    """When it was, in ISO 8601, and how long it waited and ran, in seconds."""
-
-    sent_at: str
-    started_at: str
-    finished_at: str
-    wait_s: float
-    run_s: float
-
-
-class JobProgress(TypedDict):
-    """How far a running job is; `value` and `max` are the steps of a node that counts some."""
-
-    job_id: str
-    status: Literal["running"]
-    instance_id: str
-    node_id: NotRequired[str]
-    node_title: str | None
-    nodes: int
-    nodes_done: NotRequired[int]
-    value: NotRequired[float]
-    max: NotRequired[float]
-    started_at: NotRequired[str]
-    usual_run_s: NotRequired[float]
-    """How long the last job with the same nodes ran on that instance."""
-    updated_at: str
-
-
 @contextmanager
 def meaning(what: str) -> Iterator[None]:
     """Have an InvalidMessageError say what of the many is meant."""
@@ -338,16 +336,30 @@ def meaning(what: str) -> Iterator[None]:
         raise type(error)(f"{what}: {error}") from None
 
 
+def extra_of(extra_data: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What of a message is its extra_data, nothing where there is none. Raises InvalidMessageError."""
+    checked = check_extra_data(None if extra_data is None else dict(extra_data))
+    return {"extra_data": checked} if checked else {}
+
+
 def _submit(sender: Sender, body: dict[str, Any], job_id: str | None, callback_url: str | None) -> str:
     job_id = sender.send(body, job_id, callback_url)
     sender.raise_capacity(1)
     return job_id
 
 
+def check_job_ids(job_ids: Iterable[str]) -> list[str]:
+    """The ids, each once, in their order. Raises InvalidMessageError for what is none."""
+    ids = list(dict.fromkeys([job_ids] if isinstance(job_ids, str) else job_ids))
+    for job_id in ids:
+        if not is_job_id(job_id):
+            raise InvalidMessageError(f"{job_id!r:.60} is no job id: they are lowercase UUIDs")
+    return ids
+
+
 def _bucket(job_id: str, env: str | None) -> tuple[Any, str]:
     """An S3 client and the bucket's name, for a job whose id may be part of a key."""
-    if not is_job_id(job_id):
-        raise InvalidMessageError(f"{job_id!r:.60} is no job id: they are lowercase UUIDs")
+    check_job_ids([job_id])
     settings = load_settings(env)
     return aws_client("s3", settings.region), settings.s3_bucket
 
@@ -358,15 +370,15 @@ def _bucket(job_id: str, env: str | None) -> tuple[Any, str]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns 0 when all was sent (with --direct and --wait: succeeded), 1 for a failure,
     2 for bad input, 3 when --timeout was up, 130 when waiting was interrupted."""
+    if arguments is None:
+        # boto3 and AWS's descriptions are many objects and no garbage: looking for some takes a tenth of the time.
+        gc.set_threshold(100_000)
     options = parse_arguments(arguments)
     try:
         return run(options, Teller(as_json=options.json))
     except (InvalidMessageError, SettingsError) as error:
         complain(str(error))
         return 2
-    except (ComfyGoneError, JobTimeoutError) as error:
-        complain(str(error))
-        return 1
     except OSError as error:
         if error.filename is None:  # such as a broken pipe
             raise
@@ -379,7 +391,7 @@ def run(options: argparse.Namespace, teller: Teller) -> int:
     uploads: dict[str, Path] = {}
     bodies = [] if options.status or options.input else make_bodies(options, uploads)
     if options.direct:
-        return run_direct(options.direct, [body["prompt"] for body in bodies], options.save or Path("output"))
+        return run_directly(options.direct, bodies, options.save or Path("output"))
     sender = Sender(load_settings(options.env))
     if options.input:
         return run_upload(sender.settings, {input_name(path): path for path in options.input}, teller)
@@ -388,14 +400,20 @@ def run(options: argparse.Namespace, teller: Teller) -> int:
     if options.status:
         return run_wait(sender, options.status, options.timeout, teller, options.save)
     if options.check:
-        return run_check(FleetCheck(sender.settings, uploads), bodies[0]["prompt"], teller)
+        fleet = fleet_check(sender.settings, uploads, lambda _: None)
+        if fleet:
+            return run_check(fleet, bodies[0]["prompt"], teller)
+        complain("--check needs the folder sender/ beside send_job.py: copy it there, too")
+        return 2
     if "prompt" in bodies[0] and not options.no_check:  # they differ in their seeds only
         try:
-            for problem in FleetCheck(sender.settings, uploads).check(bodies[0]["prompt"]):
+            fleet = fleet_check(sender.settings, uploads, complain)
+            for problem in fleet.check(bodies[0]["prompt"]) if fleet else ():
                 complain(str(problem))
         except WorkflowProblemsError as error:
             complain(f"this workflow cannot run on {sender.settings.env}, and was not sent:")
-            print(*error.problems, sep="\n", file=sys.stderr)
+            for problem in error.problems:
+                say(str(problem), to=sys.stderr)
             return 2
     if uploads and run_upload(sender.settings, uploads, teller):
         return 1
@@ -423,6 +441,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         (command is not None and (options.workflow or options.assignments or direct),
          "--exec-cmd sends a command: leave out WORKFLOW.json, --set and --direct"),
         (command is not None and not command.strip(), "--exec-cmd is empty: name a shell command"),
+        (options.extra_data and (command is not None or only), "--extra-data goes with a workflow that is sent"),
+        (direct and not re.fullmatch(ADDRESS, direct), f"--direct {direct!s:.60}: name HOST:PORT, such as 127.0.0.1:8188"),
         (direct and (options.wait or options.json), "--direct waits by itself and prints text: leave out --wait and --json"),
         (only and (others or direct or command is not None),
          f"{only} sends nothing: leave out --direct and --exec-cmd, and others of its kind"),
@@ -447,9 +467,9 @@ def make_parser() -> argparse.ArgumentParser:
     import argparse
 
     parser = argparse.ArgumentParser(
-        prog="send_job.py",
+        prog=program(),
         description="Send jobs to the fleet: a workflow saved with Save (API Format), or a shell command.",
-        epilog="example: ./send_job.py my_workflow.json --set 6.text='a red fox' --count 4 --env pro",
+        epilog=f"example: {program('./')} my_workflow.json --set 6.text='a red fox' --count 4 --env pro",
     )
     add = parser.add_argument
     add("workflow", nargs="?", type=Path, metavar="WORKFLOW.json", help="default: the demo workflow")
@@ -464,11 +484,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="send nothing, but say what the fleet's ComfyUI would refuse; exits with 1 then")  # fmt: skip
     add("--no-check", action="store_true", help="send without that check")
     add("--exec-cmd", metavar="CMD", help="send a shell command instead of a workflow")
+    add("--extra-data", type=Path, metavar="FILE",
+        help="send this JSON object along to ComfyUI: extra_pnginfo for pictures, keys for API nodes")  # fmt: skip
     add("--callback-url", metavar="URL", help="POST the result there")
     add("--wait", action="store_true", help="wait for the results and tell of each; exits with 1 when a job failed")
     add("--timeout", type=float, metavar="SECONDS",
-        help="with --wait: stop waiting then and exit with 3; without it a job that ended in the dead-letter queue, "
-        "which gets no result, is waited for without end")  # fmt: skip
+        help="with --wait: stop waiting then and exit with 3; without it until each has its result, or is seen to "
+        "get none")  # fmt: skip
     add("--direct", metavar="HOST:PORT", help="run on this ComfyUI instead, without AWS, and save the files")
     add("--status", nargs="+", metavar="JOB_ID",
         help="send nothing, but tell how these jobs stand; with --wait stay until they have ended; exits with 3 when "
@@ -487,12 +509,19 @@ def make_bodies(options: argparse.Namespace, uploads: dict[str, Path]) -> list[d
     """The message bodies the command line asks for, all checked before the first is sent; fills `uploads`."""
     if options.exec_cmd is not None:
         return [{"exec_cmd": options.exec_cmd}] * options.count
-    workflow = read_workflow(options.workflow or DEMO_WORKFLOW)
+    extra_data: dict[str, Any] = {}
+    if options.extra_data:
+        value = read_file("extra data", options.extra_data)
+        with meaning(str(options.extra_data)):
+            extra_data = check_extra_data(value)
+    body = read_workflow(options.workflow or DEMO_WORKFLOW, extra_data)
+    workflow = body["prompt"]
     chosen = {set_input(workflow, assignment, uploads) for assignment in options.assignments}
+    check_workflow(workflow)  # such as 3.cfg=1e999
     # A workflow of one's own, sent once, keeps the seed it was saved with.
     if options.workflow and options.count == 1:
-        return [{"prompt": workflow}]
-    return [{"prompt": fresh_seeds(workflow, chosen)} for _ in range(options.count)]
+        return [body]
+    return [body | {"prompt": fresh_seeds(workflow, chosen)} for _ in range(options.count)]
 
 
 def run_send(
@@ -522,7 +551,7 @@ def run_wait(
 ) -> int:
     """Tell of each job's end until all have ended, and save their files; returns the exit code."""
     s3, bucket = aws_client("s3", sender.settings.region), sender.settings.s3_bucket
-    waiting = Waiting(sender, s3, job_ids, teller)
+    waiting, lost = Waiting(sender, s3, job_ids, teller), LostWatch(sender, teller.line)
     unsaved = 0
 
     def give_up(reason: str) -> None:
@@ -531,11 +560,13 @@ def run_wait(
         goes, which = ("goes", left[0]) if len(left) == 1 else ("go", "JOB_ID …")
         complain(
             f"{reason}: {len(left)} of {count(waiting.total, 'job')} had no result yet and {goes} on; "
-            f"come back with: ./send_job.py --env {sender.settings.env} --wait --status {which}"
+            f"come back with: {program('./')} --env {sender.settings.env} --wait --status {which}"
         )
 
     try:
-        for result in wait_for(s3, bucket, job_ids, timeout_s=timeout_s, after_round=waiting.show, say=teller.line):
+        for result in wait_for(
+            s3, bucket, job_ids, timeout_s=timeout_s, after_round=waiting.show, why_lost=lost.look, say=teller.line
+        ):
             waiting.take(result)
             unsaved += save is not None and not save_files(result, save, teller, s3, bucket)
         waiting.say_how_far()
@@ -545,6 +576,10 @@ def run_wait(
     except WaitTimeoutError:
         give_up(f"not done after {timeout_s:g} s")
         return 3
+    except JobLostError as error:
+        teller.change("")
+        complain(str(error))
+        return 1
     except Exception as error:
         denied = error_code(error) == "AccessDenied"
         remedy = f" (s3:GetObject and s3:ListBucket on {bucket} are needed)" if denied else ""
@@ -620,35 +655,32 @@ def run_upload(settings: Settings, uploads: dict[str, Path], teller: Teller) -> 
     return 0
 
 
-def run_direct(address: str, workflows: Sequence[Workflow], folder: Path) -> int:
-    """Run workflows on a ComfyUI at hand, without any AWS, and save their files; returns the exit code."""
-    comfy, failed = ComfyUI(address), 0
-    for workflow in workflows:
-        job_id = new_job_id()
-        try:
-            finished = comfy.run(own_outputs(workflow, job_id), job_id, timeout_s=86_400)
-            error = error_of(finished.entry)
-            for warning in explain_node_errors(finished.node_errors):
-                print(f"Dropped: {warning}", file=sys.stderr)
-            for file in outputs_of(finished.entry)[0]:
-                # Below the job's folder whatever the server says.
-                parts = [
-                    each for each in Path(file.subfolder, file.filename).parts if each not in (job_id, "..", "/")
-                ]
-                target = folder.joinpath(job_id, *parts)
-                comfy.download(file, target)
-                print(f"Saved {target}")
-        except WorkflowRefusedError as refused:
-            error = refused.error
-        if error:
-            failed += 1
-            complain(f"job {job_id} failed: {error['message']}")
-    return 1 if failed else 0
+def run_directly(address: str, bodies: Sequence[dict[str, Any]], folder: Path) -> int:
+    """Run workflows on a ComfyUI at hand; returns the exit code."""
+    try:
+        import requests  # noqa: F401  pip installs the sender without these two
+        import websocket  # noqa: F401
+
+        from sender.direct import run_direct
+    except ImportError as error:
+        if error.name in ("requests", "websocket"):
+            complain(
+                "--direct needs the packages requests and websocket-client: pip install requests websocket-client"
+            )
+            return 2
+        complain("--direct needs the folders sender/ and ground/ beside send_job.py: copy them there, too")
+        return 2
+    return run_direct(address, bodies, folder, complain)
+
+
+def program(folder: str = "") -> str:
+    """What this program is called: `send-job` where pip has installed it, else send_job.py, in this `folder`."""
+    return "send-job" if Path(sys.argv[0]).name == "send-job" else f"{folder}send_job.py"
 
 
 def complain(text: str) -> None:
     """Say what went wrong."""
-    print(f"send_job.py: {text}", file=sys.stderr)
+    say(f"{program()}: {text}", to=sys.stderr)
 
 
 # --- Sending ---------------------------------------------------------------------------------------------
@@ -659,12 +691,12 @@ BATCH_TRIES = 4
 
 
 class Message(NamedTuple):
-    """One job as it travels: its text and the bytes of it, and the workflow itself where that is too large."""
+    """One job as it travels: its text and the bytes of it, and what goes by the bucket where that is too large."""
 
     job_id: str
     text: str
     size: int
-    by_bucket: Workflow | None = None
+    by_bucket: dict[str, Any] | None = None
 
 
 def message_of(body: dict[str, Any], job_id: str | None, callback_url: str | None) -> Message:
@@ -675,20 +707,42 @@ def message_of(body: dict[str, Any], job_id: str | None, callback_url: str | Non
             f"job_id {job_id!r:.60} is no lowercase UUID: leave it out or use str(uuid.uuid4())"
         )
     extras = {"job_id": job_id} | ({"callback_url": callback_url} if callback_url else {})
-    try:
-        text = json.dumps(body | extras, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise InvalidMessageError(
-            f"the job cannot be written as JSON ({error}): use text, lists, dicts and finite numbers"
-        ) from None
+    text = as_json(body | extras)
     size = len(text.encode())
     if size <= MAX_MESSAGE_BYTES:
         return Message(job_id, text, size)
     if "prompt" not in body:
         raise InvalidMessageError(f"the command is longer than a message may be ({MAX_MESSAGE_BYTES} bytes)")
-    rest = {name: value for name, value in body.items() if name != "prompt"}
-    text = json.dumps({"workflow_key": large_workflow_key(job_id)} | rest | extras)
-    return Message(job_id, text, len(text.encode()), by_bucket=body["prompt"])
+    by_bucket, rest = body["prompt"], {name: value for name, value in body.items() if name != "prompt"}
+    text = as_json({"workflow_key": large_workflow_key(job_id)} | rest | extras)
+    if len(text.encode()) > MAX_MESSAGE_BYTES and "extra_pnginfo" in rest.get("extra_data", {}):
+        # It is no secret, and large. The rest stays in the message, which is gone when the job is done.
+        extra_data = dict(rest["extra_data"])
+        by_bucket = {"prompt": body["prompt"], "extra_data": {"extra_pnginfo": extra_data.pop("extra_pnginfo")}}
+        text = as_json({"workflow_key": large_workflow_key(job_id)} | rest | {"extra_data": extra_data} | extras)
+    size = len(text.encode())
+    if size > MAX_MESSAGE_BYTES:
+        raise InvalidMessageError(
+            f"what goes with the workflow, {size} bytes, is more than a message may have ({MAX_MESSAGE_BYTES} bytes): "
+            "only the workflow and extra_pnginfo of extra_data may be larger"
+        )
+    return Message(job_id, text, size, by_bucket)
+
+
+def as_json(value: dict[str, Any]) -> str:
+    """A message as text. Raises InvalidMessageError, which repeats nothing of it."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+        text.encode()
+    except UnicodeEncodeError:
+        reason = "half a character cannot be sent"
+    except (TypeError, ValueError, RecursionError) as error:
+        reason = str(error)
+    else:
+        return text
+    raise InvalidMessageError(
+        f"the job cannot be written as JSON ({reason}): use text, lists, dicts and finite numbers"
+    )
 
 
 def batches(messages: Sequence[Message]) -> Iterator[list[Message]]:
@@ -750,7 +804,7 @@ class Sender:
             aws_client("s3", self.settings.region).put_object(
                 Bucket=self.settings.s3_bucket,
                 Key=large_workflow_key(message.job_id),
-                Body=json.dumps(message.by_bucket, ensure_ascii=False).encode(),
+                Body=as_json(message.by_bucket).encode(),
             )
 
     def send_batch(self, batch: list[Message]) -> dict[str, str]:
@@ -789,6 +843,14 @@ class Sender:
         depth = queue_depth(self._queue(), self._queue_url)
         return depth._replace(visible=max(depth.visible, just_sent))
 
+    def keeps(self) -> tuple[int, int]:
+        """How many seconds the queue keeps a message, and how many there are: waiting, held, not yet to be seen."""
+        kinds = ("", "NotVisible", "Delayed")
+        names = ["MessageRetentionPeriod", *(f"ApproximateNumberOfMessages{kind}" for kind in kinds)]
+        values = self._queue().get_queue_attributes(QueueUrl=self._queue_url, AttributeNames=names)["Attributes"]
+        keeps_s, *there = (int(values[name]) for name in names)
+        return keeps_s, sum(there)
+
     def raise_capacity(self, just_sent: int, say: Callable[[str], None] = lambda _: None) -> Capacity | None:
         """Raise the group to what the queue calls for, once for all jobs just sent.
 
@@ -814,7 +876,7 @@ class Sender:
         return capacity
 
     def _queue(self) -> Any:
-        if self._sqs is None:
+        if not self._queue_url:
             self._sqs = aws_client("sqs", self.settings.region)
             self._queue_url = self._sqs.get_queue_url(QueueName=self.settings.sqs_name)["QueueUrl"]
         return self._sqs
@@ -825,7 +887,9 @@ class Sender:
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 5.0
 """Between two rounds of looks for receipts; it grows while nothing comes."""
 LOOKS_PER_ROUND = 20
-"""Most jobs whose receipt is looked for in one round, so that many jobs cost no more requests than few."""
+"""Most jobs whose receipt is looked for without a hint in LONGEST_PAUSE_S, so that many cost no more requests than few."""
+LIST_BACK_MS, LIST_OVERLAP_MS = 3_600_000, 60_000
+"""So far back the list of ended jobs is read at first, and later: another clock may be behind, an object late."""
 
 
 def read_result(s3: Any, bucket: str, job_id: str) -> JobResult | None:
@@ -837,7 +901,7 @@ def read_result(s3: Any, bucket: str, job_id: str) -> JobResult | None:
 def read_progress(s3: Any, bucket: str, job_id: str) -> JobProgress | None:
     """The job's progress.json, None while it has none or where S3 does not give it just now."""
     try:
-        stored: JobProgress | None = read_json(s3, bucket, f"output/{job_id}/progress.json")
+        stored: JobProgress | None = read_json(s3, bucket, progress_key(job_id))
     except Exception as error:
         if not will_pass(error):
             raise
@@ -871,52 +935,184 @@ def local_parts(key: str) -> list[str]:
     return parts
 
 
+class Receipts:
+    """Looks for the receipts of jobs in rounds.
+
+    A few are looked at one by one. Of many those that have ended are found in the list that workers keep, one request
+    a round; and because a worker may have died between receipt and list, some are looked at besides, each in its turn.
+    """
+
+    def __init__(
+        self, s3: Any, bucket: str, job_ids: Iterable[str] = (), say: Callable[[str], None] = lambda _: None
+    ) -> None:
+        self._s3, self._bucket, self._say = s3, bucket, say
+        self._looked: dict[str, float] = dict.fromkeys(job_ids, -math.inf)  # when each was looked at last
+        self._looked_at, self._pause_s, self._newest_ms = -math.inf, FIRST_PAUSE_S, 0
+        self._has_said = False
+        self.found = self.trouble = False
+        """Whether the last round has found something, or could not be ended."""
+
+    @property
+    def unfinished(self) -> list[str]:
+        """The jobs without a receipt."""
+        return list(self._looked)
+
+    def add(self, job_id: str) -> None:
+        """Look for this one, too, and first."""
+        self._looked[job_id] = -math.inf
+        self._pause_s = FIRST_PAUSE_S
+
+    def discard(self, job_id: str) -> None:
+        """Look for it no longer."""
+        self._looked.pop(job_id, None)
+
+    def look(self, *, at_all: bool = False) -> Iterator[JobResult]:
+        """One round of looks; yields what is found. Raises what boto3 raises where that will not pass."""
+        self.found = self.trouble = False
+        try:
+            for job_id in self._whom_to_look_at(at_all):
+                result = read_result(self._s3, self._bucket, job_id)
+                if result is None:
+                    self._looked[job_id] = time.monotonic()
+                    continue
+                del self._looked[job_id]
+                self.found = True
+                yield result
+        except Exception as error:
+            if not will_pass(error):
+                raise
+            if not self._has_said:
+                self._say(f"Results cannot be read just now, waiting goes on: {one_line(error)}")
+            self._has_said = self.trouble = True
+        self._pause_s = FIRST_PAUSE_S if self.found else min(self._pause_s * 1.5, LONGEST_PAUSE_S)
+
+    def pause_s(self) -> float:
+        """How long to wait until the next round: it grows while nothing comes."""
+        return self._pause_s
+
+    def _whom_to_look_at(self, at_all: bool) -> list[str]:
+        by_turn = sorted(self._looked, key=self._looked.__getitem__)
+        if at_all or len(by_turn) <= LOOKS_PER_ROUND:
+            return by_turn
+        now = time.monotonic()
+        share = min((now - self._looked_at) / LONGEST_PAUSE_S, 1)
+        self._looked_at = now
+        listed = self._newly_listed()
+        others = [job_id for job_id in by_turn if job_id not in listed]
+        return [job_id for job_id in by_turn if job_id in listed] + others[: math.ceil(share * LOOKS_PER_ROUND)]
+
+    def _newly_listed(self) -> set[str]:
+        """The jobs in the list of ended ones, from a little before the last one that is known, at first an hour."""
+        now_ms, listed = int(time.time() * 1000), set()
+        after = ended_key((self._newest_ms or now_ms - LIST_BACK_MS) - LIST_OVERLAP_MS)
+        while after:
+            page = self._s3.list_objects_v2(Bucket=self._bucket, Prefix=ENDED, StartAfter=after)
+            after = ""
+            for item in page.get("Contents", []):
+                if page["IsTruncated"]:
+                    after = item["Key"]
+                if found := parse_ended_key(item["Key"]):
+                    listed.add(found[1])
+                    self._newest_ms = max(self._newest_ms, min(found[0], now_ms))  # a clock may be ahead
+        return listed
+
+
 def wait_for(
     s3: Any,
     bucket: str,
-    job_ids: Sequence[str],
+    job_ids: Iterable[str],
     *,
     timeout_s: float | None = None,
     after_round: Callable[[], None] = lambda: None,
+    why_lost: Callable[[], str | None] = lambda: None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Iterator[JobResult]:
     """Yield the result.json of every job as it appears, in the order they are found.
 
     `after_round` is called each time the receipts were looked for and some are missing still. What passes
     (throttling, 5xx, network) is waited through and said once. Raises WaitTimeoutError after `timeout_s`
-    seconds, and what boto3 raises when it will not pass, such as a refused access.
+    seconds, JobLostError for those that are missing at one more look after `why_lost` has said why no more will come,
+    and what boto3 raises when it will not pass, such as a refused access.
     """
-    unfinished = deque(dict.fromkeys(job_ids))
+    receipts = Receipts(s3, bucket, job_ids, say)
     end = None if timeout_s is None else time.monotonic() + timeout_s
-    pause_s, trouble = FIRST_PAUSE_S, False
-    while unfinished:
-        found = False
-        for _ in range(min(len(unfinished), LOOKS_PER_ROUND)):
-            try:
-                result = read_result(s3, bucket, unfinished[0])
-            except Exception as error:
-                if not will_pass(error):
-                    raise
-                if not trouble:
-                    say(f"Results cannot be read just now, waiting goes on: {one_line(error)}")
-                trouble = True
-                break
-            if result is None:
-                unfinished.rotate(-1)
-                continue
-            unfinished.popleft()
-            found = True
-            yield result
-        if not unfinished:
+    reason = None
+    while receipts.unfinished:
+        yield from receipts.look(at_all=bool(reason))
+        left = receipts.unfinished
+        if not left:
             return
+        if reason and not receipts.trouble:
+            raise JobLostError(left, reason)
         after_round()
-        pause_s = FIRST_PAUSE_S if found else min(pause_s * 1.5, LONGEST_PAUSE_S)
+        reason = why_lost()
+        if reason:
+            continue
+        pause_s = receipts.pause_s()
         if end is not None:
             left_s = end - time.monotonic()
             if left_s <= 0:
-                raise WaitTimeoutError(f"{count(len(unfinished), 'job')} had no result after {timeout_s:g} s")
+                raise WaitTimeoutError(f"{count(len(left), 'job')} had no result after {timeout_s:g} s")
             pause_s = min(pause_s, left_s)
         time.sleep(pause_s)
+
+
+LOST_LOOK_S = 30.0
+"""Between two looks at the queue."""
+LEAST_EMPTY_S = 600.0
+"""So long the queue has to be seen empty at least: workers look every five minutes for dead jobs to answer."""
+LONGEST_RECEIVE_S = 12 * 3600.0
+
+
+class LostWatch:
+    """Looks at the queue while receipts are missing, and says when nobody can write them any more."""
+
+    def __init__(self, sender: Sender, say: Callable[[str], None] = lambda _: None) -> None:
+        self._sender, self._say = sender, say
+        self._began = time.monotonic()
+        self._next_look = self._began + LOST_LOOK_S
+        self._empty_since: float | None = None
+        self._said = False
+        self.before = -math.inf
+        """Whoever waits since then at least waits in vain, once that was said."""
+
+    def look(self) -> str | None:
+        """Look, unless that was less than LOST_LOOK_S ago; returns why no result will come, if that is seen.
+
+        Raises nothing: where the queue cannot be looked at, which is said once, one waits on.
+        """
+        now, settings = time.monotonic(), self._sender.settings
+        if now < self._next_look:
+            return None
+        self._next_look = now + LOST_LOOK_S
+        try:
+            keeps_s, left = self._sender.keeps()
+        except Exception as error:
+            self._empty_since = None
+            if error_code(error) in ("AWS.SimpleQueueService.NonExistentQueue", "QueueDoesNotExist"):
+                self.before = now
+                remedy = f"make the environment again (./create_env.sh {settings.env}), and send again what is to run"
+                return f"there is no queue {settings.sqs_name}: {remedy}"
+            if not self._said:
+                self._say(f"The queue cannot be looked at, a lost job would be waited for: {one_line(error)}")
+            self._said = True
+            return None
+        if left:
+            self._empty_since = None
+        elif self._empty_since is None:
+            self._empty_since = now
+        elif now - self._empty_since > (
+            least_s := max(LEAST_EMPTY_S, settings.visibility_timeout_s * settings.max_receives)
+        ):
+            self.before = now - least_s
+            return (
+                f"the queue {settings.sqs_name} has been empty for {now - self._empty_since:.0f} s: see whether it is "
+                f"among the dead (./fleet.py dead --env {settings.env}), or else send it again"
+            )
+        if now - self._began > keeps_s + LONGEST_RECEIVE_S:
+            self.before = now - keeps_s - LONGEST_RECEIVE_S
+            return f"{settings.sqs_name} keeps no message for so long: send again what is to run"
+        return None
 
 
 def will_pass(error: Exception) -> bool:
@@ -930,15 +1126,10 @@ def will_pass(error: Exception) -> bool:
     return status >= 500 or error_code(error) in ("SlowDown", "Throttling", "ThrottlingException", "RequestTimeout")
 
 
-def one_line(error: Exception) -> str:
-    """An error's text, which may have several lines, in one."""
-    return " ".join(str(error).split()) or repr(error)
-
-
 # --- What is shown of waiting ----------------------------------------------------------------------------
 
-FLEET_LOOK_S = 15.0
-"""Between two looks at queue and group."""
+ERASE = "\r\x1b[K"
+"""Empties the line on a terminal."""
 
 
 class Teller:
@@ -957,19 +1148,21 @@ class Teller:
 
     def event(self, kind: str, words: str, /, **data: Any) -> None:
         """Say it in words, or as an object of this kind with `data`."""
-        erase = "\r\x1b[K" if self.live else ""
-        print(json.dumps({"event": kind} | data) if self.as_json else erase + words, flush=True)
+        if self.as_json:
+            print(json.dumps({"event": kind} | data), flush=True)
+        else:
+            say(words, before=ERASE if self.live else "")
 
     def change(self, text: str) -> None:
         """Let the line that changes be this; without one nothing happens."""
         if self.live:
             import shutil
 
-            print(f"\r\x1b[K{cut(text, shutil.get_terminal_size().columns - 1)}", end="", flush=True)
+            say(cut(printable(text), shutil.get_terminal_size().columns - 1), before=ERASE, end="")
 
 
 class Waiting:
-    """What is shown of the jobs waited for: of many a bar, of one what it does."""
+    """The jobs waited for: how many have ended, and what is shown of the others, by sender/outlook.py if it is there."""
 
     def __init__(self, sender: Sender, s3: Any, job_ids: Sequence[str], teller: Teller) -> None:
         self.s3 = s3
@@ -978,29 +1171,42 @@ class Waiting:
         self.total = len(job_ids)
         self.unfinished = dict.fromkeys(job_ids)
         self.failed = 0
-        self.fleet = FleetWatch(sender, (lambda _: None) if teller.live else teller.line)
-        self._runs_s: list[float] = []
+        self.outlook: Outlook | None = None
+        with suppress(ImportError):
+            from sender.outlook import Outlook
+
+            say_news = (lambda _: None) if teller.live else teller.line
+            self.outlook = Outlook(sender.settings, sender.depth, say_news, tell_progress)
         self._told = -1
         self._progress: JobProgress | None = None
-        self._first: tuple[JobProgress, float] | None = None  # the first news of the node at work, and when
 
     def take(self, result: JobResult) -> None:
         """Count and tell a result."""
         del self.unfinished[result["job_id"]]
         self.failed += result["status"] != "succeeded"
-        self._runs_s.append(result["timings"]["run_s"])
+        if self.outlook:
+            self.outlook.runs_s.append(result["timings"]["run_s"])
         self.teller.event("result", tell_result(result), result=result)
 
     def show(self) -> None:
         """Show how far it is, after each round of looks."""
         self.say_how_far()
-        self.fleet.look(len(self.unfinished))
+        if self.outlook:
+            self.outlook.look(len(self.unfinished))
         if self.total == 1 and (self.teller.live or self.teller.as_json):
             progress = read_progress(self.s3, self.bucket, next(iter(self.unfinished)))
             if self.teller.as_json and progress and progress != self._progress:
                 self.teller.event("progress", "", progress=progress)
-            self._note(progress)
-        self.teller.change(self.line_of_one() if self.total == 1 else self.line_of_many())
+            self._progress = progress
+        self.teller.change(self.line())
+
+    def line(self) -> str:
+        """The line that changes."""
+        if not self.outlook:
+            return self.how_far()
+        if self.total == 1:
+            return self.outlook.of_one(self._progress)
+        return self.outlook.of_many(self.how_far(), self.total, len(self.unfinished))
 
     def say_how_far(self) -> None:
         """On no terminal: one line whenever the number of finished jobs has changed."""
@@ -1012,111 +1218,6 @@ class Waiting:
         done = self.total - len(self.unfinished)
         return f"{done} of {count(self.total, 'job')} done" + (f", {self.failed} failed" if self.failed else "")
 
-    def _note(self, progress: JobProgress | None) -> None:
-        if progress and not (self._first and self._first[0].get("node_id") == progress.get("node_id")):
-            self._first = progress, time.monotonic()
-        self._progress = progress
-
-    def time_left(self) -> str:
-        """`, about 12 s left`, by how long such jobs run or else by the pace of the node at work; "" where unknown."""
-        if not (self._progress and self._first):
-            return ""
-        progress, (first, since) = self._progress, self._first
-        if "usual_run_s" in progress and "started_at" in progress:
-            ran_s = (datetime.now(UTC) - datetime.fromisoformat(progress["started_at"])).total_seconds()
-            if ran_s < progress["usual_run_s"]:
-                return f", about {progress['usual_run_s'] - ran_s:.0f} s left"
-        steps = progress.get("value", 0) - first.get("value", 0)
-        if steps <= 0:
-            return ""
-        left = progress.get("max", 0) - progress.get("value", 0)
-        return f", about {(time.monotonic() - since) / steps * left:.0f} s left in this node"
-
-    def line_of_one(self) -> str:
-        """`waiting, about 2 ahead: 1 instance is booting`, later `running: KSampler 12/20 (60 %)`."""
-        if self._progress:
-            return f"running: {tell_progress(self._progress)}{self.time_left()}"
-        depth, news = self.fleet.depth, self.fleet.said.get("group" if self.fleet.depth else "queue")
-        return f"waiting{f', about {max(depth.visible - 1, 0)} ahead' if depth else ''}" + (
-            f": {news}" if news else ""
-        )
-
-    def line_of_many(self) -> str:
-        """`[████░░░░] 2 of 4 jobs done, about 25 s left. On the queue: 1 waiting, 1 running. 1 instance is booting`."""
-        filled = 20 * (self.total - len(self.unfinished)) // self.total
-        text = f"[{'█' * filled}{'░' * (20 - filled)}] {self.how_far()}"
-        if self._runs_s and self.fleet.depth and self.fleet.depth.in_flight:
-            # As long as past runs took, on as many workers as are at it now.
-            left_s = len(self.unfinished) * sum(self._runs_s) / len(self._runs_s) / self.fleet.depth.in_flight
-            text += f", about {left_s:.0f} s left"
-        return ". ".join([text, *filter(None, self.fleet.said.values())])
-
-
-class FleetWatch:
-    """Says how the queue stands and what waiting jobs wait for: each sentence once until it changes."""
-
-    def __init__(self, sender: Sender, say: Callable[[str], None]) -> None:
-        self.sender = sender
-        self._say = say
-        self.said: dict[str, str | None] = {}
-        """What was said last, of `queue` and of `group`."""
-        self.depth: QueueDepth | None = None
-        self._next_look = 0.0
-
-    def look(self, unfinished: int) -> None:
-        """Look at queue and group, unless that was less than FLEET_LOOK_S ago. Raises nothing."""
-        if time.monotonic() < self._next_look:
-            return
-        self._next_look = time.monotonic() + FLEET_LOOK_S
-        try:
-            self.depth = depth = self.sender.depth(0)
-            news = f"On the queue: {depth.visible} waiting, {depth.in_flight} running"
-            all_run = depth.in_flight >= unfinished
-        except Exception as error:
-            self.depth = None
-            news, all_run = f"The queue cannot be looked at: {one_line(error)}", False
-        self._tell("queue", news)
-        try:
-            settings = self.sender.settings
-            group = None if all_run else fleet_news(aws_client("autoscaling", settings.region), settings.asg_name)
-        except Exception as error:
-            group = f"The group cannot be looked at: {one_line(error)}"
-        self._tell("group", group)
-
-    def _tell(self, topic: str, sentence: str | None) -> None:
-        if sentence and sentence != self.said.get(topic):
-            self._say(sentence)
-        self.said[topic] = sentence
-
-
-def fleet_news(autoscaling: Any, asg_name: str) -> str | None:
-    """What keeps the group from having the instances it should have, in one sentence; None when it has them.
-
-    None also where there is no such group. Raises what boto3 raises, but needs no permission to see why
-    launches fail.
-    """
-    groups = autoscaling.describe_auto_scaling_groups(AutoScalingGroupNames=[asg_name])["AutoScalingGroups"]
-    if not groups:
-        return None
-    desired = groups[0]["DesiredCapacity"]
-    if desired == 0:
-        return f"No instance is wanted: raise the desired capacity of {asg_name}, or MAX_INSTANCES if it is 0"
-    states = [instance["LifecycleState"] for instance in groups[0]["Instances"]]
-    missing = desired - states.count("InService")
-    if missing <= 0:
-        return None
-    unseen = ""
-    try:
-        problem = capacity_problem(autoscaling, asg_name)
-        if problem:
-            return problem[0].upper() + problem[1:]
-    except Exception as error:
-        unseen = f"; whether launches fail cannot be seen: {one_line(error)}"
-    booting = sum(state.startswith("Pending") for state in states)
-    if booting:
-        return f"{count(booting, 'instance')} {'is' if booting == 1 else 'are'} booting{unseen}"
-    return f"{count(missing, 'instance')} {'is' if missing == 1 else 'are'} asked of AWS{unseen}"
-
 
 def cut(text: str, columns: int) -> str:
     """As much of the beginning as fits; Chinese characters, as in titles of nodes, take two columns."""
@@ -1127,11 +1228,6 @@ def cut(text: str, columns: int) -> str:
         if columns < 0:
             return text[:place]
     return text
-
-
-def count(number: int, thing: str) -> str:
-    """`1 job`, `2 jobs`."""
-    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def tell_result(result: JobResult) -> str:
@@ -1157,243 +1253,36 @@ def tell_progress(progress: JobProgress) -> str:
 
 
 # --- Check before a GPU is paid for ----------------------------------------------------------------------
-#
-# What ComfyUI's own validation would say (execution.py, validate_prompt and validate_inputs), from /object_info, which
-# tells each node's inputs but not whether a node validates some of them in its own way. So what custom nodes are given
-# is doubted only, and so is all about types that are made at run time.
 
-NODES_AGE_S = 60.0
-"""So long it is believed without asking S3 whether it has changed."""
-
-_nodes_read: dict[str, tuple[float, str, dict[str, Any] | None]] = {}  # bucket -> when, ETag, what was in it
+_UNCHECKED = "workflows are sent unchecked: the folder sender/ is not beside send_job.py, copy it there, too"
+_told_of_no_check = False
 
 
-class FleetCheck:
-    """Checks workflows against what is installed on one environment's fleet; `coming` inputs will be uploaded."""
-
-    def __init__(self, settings: Settings, coming: Collection[str] = ()) -> None:
-        self.env, self.bucket, self.region = settings.env, settings.s3_bucket, settings.region
-        self.nodes = self.read_nodes()
-        """The fleet's /object_info; None where it is not known, and then nothing is found."""
-        self.coming = coming
-        self._models: list[str] | None = None
-
-    def check(self, workflow: Workflow) -> list[Problem]:
-        """Raise WorkflowProblemsError if ComfyUI would refuse it; return what may go wrong otherwise."""
-        problems = find_problems(workflow, self.nodes, self.may_have) if self.nodes else []
-        refused = [problem for problem in problems if problem.certain]
-        if refused:
-            raise WorkflowProblemsError("this workflow", refused)
-        return problems
-
-    @cached_property
-    def s3(self) -> Any:
-        """Made when it is needed: it takes as long as two round trips."""
-        return aws_client("s3", self.region)
-
-    def read_nodes(self) -> dict[str, Any] | None:
-        """The fleet's /object_info; None where it is not stored or cannot be read, which is no reason not to send."""
-        import gzip
-
-        now = time.monotonic()
-        read_at, tag, nodes = _nodes_read.get(self.bucket, (-math.inf, "", None))
-        if now - read_at < NODES_AGE_S:
-            return nodes
-        try:
-            condition = {"IfNoneMatch": tag} if tag else {}
-            answer = self.s3.get_object(Bucket=self.bucket, Key=OBJECT_INFO_KEY, **condition)
-            tag, nodes = answer["ETag"], dict(json.loads(gzip.decompress(answer["Body"].read())))
-        except Exception as error:
-            if error_code(error) not in ("304", "NotModified"):
-                tag, nodes = "", None
-        _nodes_read[self.bucket] = now, tag, nodes
-        return nodes
-
-    def may_have(self, file: str) -> bool:
-        """Whether the bucket has this input or model by now, or may have it: what is known of the fleet may be old."""
-        name = re.sub(r" \[\w+\]$", "", file).replace("\\", "/")
-        if name in self.coming:
-            return True
-        try:
-            self.s3.head_object(Bucket=self.bucket, Key=f"input/{name}")
-            return True
-        except Exception as error:
-            if error_code(error) != "404":
-                return True
-        try:
-            if self._models is None:
-                pages = self.s3.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix="models/")
-                self._models = [item["Key"] for page in pages for item in page.get("Contents", [])]
-        except Exception:
-            return True
-        return any(key.endswith(f"/{name}") for key in self._models)
-
-
-def find_problems(workflow: Workflow, nodes: dict[str, Any], may_have: Callable[[str], bool]) -> list[Problem]:
-    """What ComfyUI finds wrong, `certain` only where it refuses the workflow because of it.
-
-    It looks at nodes that an output node depends on; as long as one output is left it drops the others. `nodes` is
-    its /object_info, and `may_have` says whether a file that is not in there may be there after all.
-    """
-    names = {node_id: node["class_type"] for node_id, node in workflow.items()}
-    unknown = [
-        Problem.of(
-            node_id, workflow[node_id], f"there is no node {name}",
-            f"{_closest(name, nodes)}install it on the base machine and run create_env.sh again",
-        )
-        for node_id, name in names.items()
-        if name not in nodes
-    ]  # fmt: skip
-    if unknown:  # wherever it stands
-        return unknown
-    outputs = [node_id for node_id, name in names.items() if nodes[name].get("output_node")]
-    if not outputs:
-        return [Problem(None, None, "it has no output node", "add one that saves something, such as SaveImage")]
-    branches = [_upstream(output, workflow, nodes) for output in outputs]
-    found = {
-        node_id: [
-            Problem.of(node_id, workflow[node_id], *trouble)
-            for trouble in _troubles_of(workflow[node_id], workflow, nodes, may_have)
-        ]
-        for branch in branches
-        for node_id in branch
-    }
-    is_left = any(not any(problem.certain for node_id in branch for problem in found[node_id]) for branch in branches)
-    problems = [problem for node_problems in found.values() for problem in node_problems]
-    return [problem._replace(certain=False) for problem in problems] if is_left else problems
-
-
-def _upstream(output: str, workflow: Workflow, nodes: dict[str, Any]) -> list[str]:
-    """The output node and all it depends on, by inputs that its nodes know."""
-    found, seen = [output], {output}
-    for node_id in found:
-        for _, _, _, value in _inputs_of(workflow[node_id], nodes):
-            source = value[0] if isinstance(value, list) and len(value) == 2 else None
-            if isinstance(source, str) and source in workflow and source not in seen:
-                found.append(source)
-                seen.add(source)
-    return found
-
-
-MISSING = object()
-Trouble = tuple[str, str, bool]
-"""What is wrong with an input of a node, what helps, and whether that is certain."""
-
-
-def _inputs_of(node: dict[str, Any], nodes: dict[str, Any]) -> Iterator[tuple[str, Any, dict[str, Any], Any]]:
-    """Each input that the node knows: name, type (a list: the values it may have), options, and its value or MISSING.
-
-    Of optional ones only those that are there. Inputs that the node does not know are ignored, as ComfyUI does.
-    """
-    known, given = nodes[node["class_type"]].get("input") or {}, node.get("inputs", {})
-    for category in ("required", "optional"):
-        for name, config in (known.get(category) or {}).items():
-            if not (isinstance(config, list) and config):
-                continue
-            options = config[1] if len(config) > 1 and isinstance(config[1], dict) else {}
-            if name in given or category == "required":
-                yield name, config[0], options, given.get(name, MISSING)
-
-
-def _troubles_of(
-    node: dict[str, Any], workflow: Workflow, nodes: dict[str, Any], may_have: Callable[[str], bool]
-) -> Iterator[Trouble]:
-    ours = _validates_alike(nodes[node["class_type"]])
-    for name, kind, options, value in _inputs_of(node, nodes):
-        if str(kind).startswith("COMFY_"):  # its inputs depend on others
-            continue
-        if value is MISSING:
-            yield f"{name} is missing", "connect it or give it a value", True
-        elif isinstance(value, list):
-            yield from _troubles_of_link(name, kind, value, workflow, nodes, ours=ours)
-        else:
-            plain = value["__value__"] if isinstance(value, dict) and "__value__" in value else value
-            yield from _troubles_of_value(name, kind, options, plain, may_have, ours=ours)
-
-
-def _troubles_of_link(
-    name: str, kind: Any, link: list[Any], workflow: Workflow, nodes: dict[str, Any], *, ours: bool
-) -> Iterator[Trouble]:
-    if len(link) != 2:
-        yield f"{name} is no link", 'write ["node id", number of its output]', True
-        return
-    source, slot = link
-    if not isinstance(source, str) or source not in workflow:
-        have = ", ".join(list(workflow)[:20])
-        yield f"{name} links to node {source}, which is not there", f"the nodes are {have}", True
-        return
-    info = nodes[workflow[source]["class_type"]]
-    made, alike = info.get("output") or [], _validates_alike(info)
-    if not isinstance(slot, int) or not -len(made) <= slot < len(made):
-        have = count(len(made), "output")
-        yield f"{name} links to output {slot} of node {source}, which has {have}", "count its outputs from 0", alike
-        return
-    types = [set(re.split(r"\s*,\s*", one)) if isinstance(one, str) else set() for one in (made[slot], kind)]
-    doubt = "*" in types[0] | types[1] or not all(types) or any(one.startswith("COMFY_") for one in types[0])
-    if not doubt and not types[0] & types[1]:
-        text = f"{name} is {kind}, but output {slot} of node {source} is {made[slot]}"
-        yield text, f"link it to an output that is {kind}", alike and ours
-
-
-def _troubles_of_value(
-    name: str, kind: Any, options: dict[str, Any], value: Any, may_have: Callable[[str], bool], *, ours: bool
-) -> Iterator[Trouble]:
-    number = value
-    if kind in ("INT", "FLOAT"):
-        try:
-            number = int(value) if kind == "INT" else float(value)
-        except (TypeError, ValueError, OverflowError):
-            yield f"{name} is {value!r:.80}", f"give {'a whole number' if kind == 'INT' else 'a number'}", True
-            return
-    if isinstance(number, int | float) and kind not in ("STRING", "BOOLEAN"):
-        low, high = options.get("min", -math.inf), options.get("max", math.inf)
-        is_range = isinstance(low, int | float) and isinstance(high, int | float)
-        if is_range and (number < low or number > high):
-            yield f"{name} is {number}", f"give a number from {low} to {high}", ours
-            return
-    allowed = kind if isinstance(kind, list) else options.get("options") if kind == "COMBO" else None
-    if not isinstance(allowed, list) or value in allowed:
-        return
-    certain = ours and kind != "COMBO"  # which older servers do not look at
-    if not (isinstance(value, str) and re.search(r"\.\w{2,12}(?: \[\w+\])?$", value)):
-        have = ", ".join(map(str, allowed[:20])) or "nothing"
-        yield f"{name} is {value!r:.80}", f"{_closest(value, allowed)}it may be {have}", certain
-    elif not may_have(value):
-        where = "models/, in the folder of its kind"
-        if value.endswith((".latent", "]")) or any(option.endswith("_upload") for option in options):
-            # ComfyUI looks for such a file itself, and lists only those that lie in input/ and are of a kind.
-            where, certain = "input/", certain and not re.search(r"[/\\\]]", value) and _is_media(value)
-        yield (
-            f"{name} {value!r:.200} is not installed",
-            f"{_closest(value, allowed)}put it into the bucket's {where}",
-            certain,
-        )
-
-
-def _is_media(file: str) -> bool:
-    from mimetypes import guess_type
-
-    return str(guess_type(file)[0]).startswith(("image/", "video/", "audio/"))
-
-
-def _validates_alike(info: dict[str, Any]) -> bool:
-    """Whether a node is one of ComfyUI's own, of which we know that it validates values no other way than by its inputs."""
-    return not str(info.get("python_module", "")).startswith(("custom_nodes", "comfy_api_nodes"))
-
-
-def _closest(name: object, names: Iterable[object]) -> str:
-    from difflib import get_close_matches
-
-    found = get_close_matches(str(name), list(map(str, names)))
-    return f"the closest {'is' if len(found) == 1 else 'are'} {', '.join(found)}, or " if found else ""
+def fleet_check(settings: Settings, coming: Collection[str], warn: Callable[[str], None]) -> FleetCheck | None:
+    """The check of one environment, to which `coming` inputs will be uploaded. Where send_job.py was carried away
+    without the room that checks there is none, which `warn` is told once."""
+    global _told_of_no_check  # noqa: PLW0603
+    try:
+        from sender.check import FleetCheck
+    except ImportError:
+        if not _told_of_no_check:
+            _told_of_no_check = True
+            warn(_UNCHECKED)
+        return None
+    return FleetCheck(settings, coming)
 
 
 def warn_of(problems: Sequence[Problem]) -> None:
     """Say what may go wrong as Python warnings."""
+    for problem in problems:
+        warn_in_python(str(problem))
+
+
+def warn_in_python(text: str) -> None:
+    """Say it as a Python warning of the code that called submit or submit_many."""
     import warnings
 
-    for problem in problems:
-        warnings.warn(str(problem), stacklevel=3)
+    warnings.warn(text, stacklevel=4)
 
 
 # --- Inputs ----------------------------------------------------------------------------------------------
@@ -1423,15 +1312,29 @@ def upload_file(s3: Any, bucket: str, path: Path, name: str) -> None:
 # --- Workflows -------------------------------------------------------------------------------------------
 
 
-def read_workflow(path: Path) -> Workflow:
-    """Read an API-format workflow file; raises InvalidWorkflowError naming the file and the remedy."""
+def read_workflow(path: Path, extra_data: Mapping[str, Any]) -> dict[str, Any]:
+    """What a workflow file asks for, as a message; `extra_data` goes before what stands in the file.
+
+    It is an API-format workflow, or has one under "prompt", as ComfyUI's POST /prompt takes it. Raises
+    InvalidWorkflowError naming file and remedy.
+    """
+    value = read_file("workflow", path)
+    is_wrapped = isinstance(value, dict) and "prompt" in value and not is_node(value["prompt"])
+    beside = value if is_wrapped else {}
+    with meaning(str(path)):
+        workflow = check_workflow(beside.get("prompt", value))
+        extra_data = check_extra_data(beside.get("extra_data")) | dict(extra_data)
+    if unused := beside.keys() - {"prompt", "extra_data", "client_id", "prompt_id"}:
+        complain(f"{path}: only prompt and extra_data are sent, and not {', '.join(sorted(unused))}")
+    return {"prompt": workflow} | extra_of(extra_data)
+
+
+def read_file(what: str, path: Path) -> Any:
+    """Read a JSON file; raises InvalidWorkflowError."""
     try:
-        with meaning(str(path)):
-            return check_workflow(json.loads(path.read_text(encoding="utf-8")))
+        return load_json(str(path), path.read_bytes())
     except OSError as error:
-        raise InvalidWorkflowError(f"cannot read the workflow {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise InvalidWorkflowError(f"{path} is not JSON ({error}): export it with Save (API Format)") from None
+        raise InvalidWorkflowError(f"cannot read the {what} {path}: {error.strerror}") from None
 
 
 def set_input(workflow: Workflow, assignment: str, uploads: dict[str, Path]) -> tuple[str, str]:
@@ -1496,6 +1399,4 @@ def fresh_seeds(workflow: Workflow, keep: set[tuple[str, str]]) -> Workflow:
 
 
 if __name__ == "__main__":
-    # boto3 and AWS's descriptions are many objects and no garbage: looking for some takes a tenth of the time.
-    gc.set_threshold(100_000)
     sys.exit(main())

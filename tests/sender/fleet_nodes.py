@@ -31,7 +31,10 @@ def object_info() -> dict[str, Any]:
         "output": ["IMAGE"], "output_node": False, "python_module": "custom_nodes.of_somebody",
     }  # fmt: skip
     nodes["Dynamic"] = {
-        "input": {"required": {"parts": ["COMFY_AUTOGROW_V3", {}], "kind": ["COMBO", {"options": ["x"]}]}},
+        "input": {"required": {
+            "parts": ["COMFY_AUTOGROW_V3", {"template": {"input": {"required": {"part": ["INT"]}}, "prefix": "p", "min": 0, "max": 2}}],
+            "later": ["COMFY_OF_A_LATER_KIND_V4", {}], "kind": ["COMBO", {"options": ["x"]}],
+        }},
         "output": ["COMFY_MATCHTYPE_V3"], "output_node": False, "python_module": "comfy_extras.nodes_x",
     }  # fmt: skip
     return nodes

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from fleet_nodes import RECORDINGS, object_info, saving, store_nodes
@@ -15,6 +16,8 @@ from sender_tools import bodies
 from workplace import Site, image_workflow
 
 import send_job
+from comfy_utils import Settings
+from sender import check
 
 
 def recorded_prompts() -> list[Any]:
@@ -38,7 +41,7 @@ def recorded_prompts() -> list[Any]:
 
 @pytest.mark.parametrize(("prompt", "status", "answer"), recorded_prompts())
 def test_the_check_agrees_with_the_recorded_server(prompt: Any, status: int, answer: Any) -> None:
-    problems = send_job.find_problems(prompt, object_info(), lambda _: False)
+    problems = check.find_problems(prompt, object_info(), lambda _: False)
     assert any(problem.certain for problem in problems) == (status == 400)
     if answer.get("node_errors"):
         assert {problem.node_id for problem in problems} == set(answer["node_errors"])
@@ -53,7 +56,7 @@ def checked(more: dict[str, Any], *, instead: bool = False, may_have: bool = Fal
     good: dict[str, Any] = {} if instead else image_workflow()
     return [
         (str(problem), problem.certain)
-        for problem in send_job.find_problems({**good, **more}, object_info(), lambda _: may_have)
+        for problem in check.find_problems({**good, **more}, object_info(), lambda _: may_have)
     ]
 
 
@@ -75,6 +78,7 @@ PIXEL_RANGE = "give a number from 1 to 16384"
         (saving("EmptyLatentImage", width=64, height=64, batch_size=1), "node 11 SaveImage: images is IMAGE, but output 0 of node 10 is LATENT: link it to an output that is IMAGE"),
         (saving("LoadImage", image="nothing.png"), "node 10 Mine: image 'nothing.png' is not installed: put it into the bucket's input/"),
         (saving("LoadImage", image="exampel.png"), "node 10 Mine: image 'exampel.png' is not installed: the closest is example.png, or put it into the bucket's input/"),
+        (saving("LoadImage", image="below/nope.xyz"), "node 10 Mine: image 'below/nope.xyz' is not installed: put it into the bucket's input/"),
         (saving("EmptyImages", **EMPTY), "node 10 Mine: there is no node EmptyImages: the closest are EmptyImage, EmptyLatentImage, or install it on the base machine and run create_env.sh again"),
         ({"1": {"class_type": "EmptyImage", "inputs": EMPTY}}, "it has no output node: add one that saves something, such as SaveImage"),
     ],
@@ -89,7 +93,7 @@ def test_what_comfyui_refuses_is_told_with_the_remedy(nodes: dict[str, Any], sai
         saving("EmptyImage", **EMPTY | {"width": "64", "height": 64.9, "batch_size": True}),
         saving("EmptyImage", **EMPTY | {"width": {"__value__": 64}}),
         saving("EmptyImage", -1, **EMPTY),
-        saving("EmptyImage", **EMPTY, unknown=["77", 0]),
+        saving("EmptyImage", **EMPTY, unknown=["77", "x"]),
         {**saving("EmptyImage", **EMPTY), "12": {"class_type": "EmptyImage", "inputs": {}}},  # nobody needs it
         saving("Dynamic", kind="x"),
         {"10": {"class_type": "EmptyImage", "inputs": EMPTY}, "11": {"class_type": "PreviewAny", "inputs": {"source": ["10", 0]}}},
@@ -107,9 +111,9 @@ def test_what_comfyui_accepts_is_no_problem(nodes: dict[str, Any]) -> None:
         (saving("Custom", mode="a", level=10, what=1), "level is 10: give a number from -inf to 9"),
         (saving("Custom", 3, mode="a", level=1, what=1), "links to output 3"),
         (saving("Dynamic", kind="y"), "kind is 'y'"),
-        (saving("LoadImage", image="below/nope.png"), "is not installed"),
-        (saving("LoadImage", image="nope.png [output]"), "is not installed"),
-        (saving("LoadImage", image="nope.xyz"), "is not installed"),
+        (saving("LoadImage", image="../nope.png"), "is not installed"),
+        (saving("LoadImage", image="nope.png [output]"), "instances keep nothing in output/"),
+        (saving("EmptyImage", **EMPTY, unknown=["11", 0]), "it has no input unknown"),
     ],
 )
 def test_what_comfyui_may_accept_is_only_doubted(nodes: dict[str, Any], said: str) -> None:
@@ -126,13 +130,57 @@ def test_a_bad_branch_beside_a_good_one_is_only_warned_of() -> None:
     assert checked({"10": {"class_type": "NoSuchNode"}})[0][1], "an unknown node is refused wherever it stands"
 
 
+def test_a_link_to_nowhere_that_nobody_validates_is_refused_wherever_it_runs() -> None:
+    """It ends the thread of ComfyUI that runs jobs; one that is never looked at does no harm."""
+    deadly = saving("EmptyImage", **EMPTY, unknown=["77", 0])
+    (found,) = checked(deadly)
+    assert found == (
+        "node 10 Mine: unknown links to node 77, which is not there: take it out: EmptyImage has no such input", True
+    )  # fmt: skip
+    assert [
+        certain for _, certain in checked(deadly | saving("EmptyImage", **EMPTY | {"width": 0}, unknown=["77", 0]))
+    ] == [False]
+    del deadly["11"]
+    assert checked(deadly) == []
+
+
+@pytest.mark.parametrize(
+    ("env", "file", "looked_for", "may_be_there"),
+    [
+        ("pro", "sub/a.png", "input/sub/a.png", True),
+        ("pro", "a.png [input]", "input/a.png", True),
+        ("pro", "a.png [output]", None, False),
+        ("pro", "a.png [temp]", None, False),
+        ("base", "a.png [output]", "output/a.png", True),
+        ("base", "a.png [temp]", None, True),
+        ("pro", "coming.png", None, True),
+    ],
+)
+def test_a_file_is_looked_for_where_it_is_said_to_lie(
+    monkeypatch: pytest.MonkeyPatch, env: str, file: str, looked_for: str | None, may_be_there: bool
+) -> None:
+    """The base machine alone keeps what it made where ComfyUI finds it again."""
+    looked: list[str] = []
+
+    def is_there(_: check.FleetCheck, key: str) -> bool:
+        looked.append(key)
+        return True
+
+    monkeypatch.setattr(check.FleetCheck, "is_there", is_there)
+    monkeypatch.setattr(check.FleetCheck, "read_nodes", lambda _: None)
+    settings = SimpleNamespace(env=env, s3_bucket="b", region="r")
+    fleet = check.FleetCheck(cast(Settings, settings), ["coming.png"])
+    assert fleet.may_have(file) == may_be_there
+    assert looked == ([looked_for] if looked_for else [])
+
+
 def test_submit_refuses_what_the_fleet_would(
     cloud: LocalCloud, sender_site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workflow = json.loads((ROOT / "simple_workflow.json").read_text())
     workflow["4"]["inputs"]["ckpt_name"] = "v1-5-pruned-emaonly.safetensors"
     send_job.submit(workflow)  # nothing is known of the fleet
-    send_job._nodes_read.clear()
+    check._nodes_read.clear()
     store_nodes(sender_site, object_info())
     for call in (send_job.submit, lambda one: send_job.submit_many([image_workflow(), one])):
         with pytest.raises(send_job.WorkflowProblemsError) as caught:
@@ -148,13 +196,13 @@ def test_submit_refuses_what_the_fleet_would(
         send_job.submit(image_workflow(more=saving("LoadImage", image="nope.png")))
     assert len(bodies(sender_site)) == 4
 
-    monkeypatch.setattr(send_job, "NODES_AGE_S", 0)
-    read = send_job._nodes_read[sender_site.bucket][2]
+    monkeypatch.setattr(check, "NODES_AGE_S", 0)
+    read = check._nodes_read[sender_site.bucket][2]
     calls: list[str] = []
     monkeypatch.setattr(cloud, "fault", lambda _, operation: calls.append(operation))
     with pytest.raises(send_job.WorkflowProblemsError):  # it is known still, by its ETag
         send_job.submit(image_workflow(more={"10": {"class_type": "New", "inputs": {}}}))
-    assert send_job._nodes_read[sender_site.bucket][2] is read
+    assert check._nodes_read[sender_site.bucket][2] is read
     store_nodes(sender_site, object_info() | {"New": {"input": {}, "output": []}})
     send_job.submit(image_workflow(more={"10": {"class_type": "New", "inputs": {}}}))
     assert calls.count("GET") == 2
@@ -175,7 +223,7 @@ def test_the_command_line_checks(sender_site: Site, tmp_path: Path, capsys: pyte
         f"Its format is right; what {sender_site.env} has installed is not known"
     )
     store_nodes(sender_site, object_info())
-    send_job._nodes_read.clear()
+    check._nodes_read.clear()
     assert send_job.main(["--check", good]) == 0
     assert capsys.readouterr().out == f"{sender_site.env} can run this workflow\n"
     assert send_job.main(["--check", bad]) == 1

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from local_cloud import LocalCloud
 from places import ROOT
-from sender_tools import bodies, make_group
+from sender_tools import bodies, make_group, store, store_progress
 from workplace import Site, image_workflow
 
+import comfy_utils
 import send_job
 from comfy_utils import (
+    InvalidMessageError,
     InvalidWorkflowError,
     is_job_id,
     load_settings,
+    new_job_id,
 )
 
 
@@ -129,6 +134,128 @@ def test_not_being_allowed_to_scale_is_no_failure_to_send(
     assert len(bodies(site)) == 1
 
 
+def test_extra_data_goes_beside_the_workflow(
+    sender_site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    site, workflow = sender_site, image_workflow()
+    extra_data = {"api_key_comfy_org": "hush-hush", "extra_pnginfo": {"workflow": {"nodes": []}}}
+    (tmp_path / "extra.json").write_text(json.dumps(extra_data))
+    # As ComfyUI's editor sends it, and saved by a shell that begins files with a mark.
+    beside = {"client_id": "x", "number": 1, "extra_data": {"api_key_comfy_org": "other", "more": 1}}
+    (tmp_path / "mine.json").write_text(json.dumps({"prompt": workflow, **beside}), encoding="utf-8-sig")
+    command = [str(tmp_path / "mine.json"), "--extra-data", str(tmp_path / "extra.json")]
+    assert send_job.main(command) == 0
+    (body,) = bodies(site)
+    assert (body["prompt"], body["extra_data"]) == (workflow, {"more": 1} | extra_data)
+    said = capsys.readouterr()
+    assert said.err == f"send_job.py: {tmp_path}/mine.json: only prompt and extra_data are sent, and not number\n"
+    assert send_job.main([*command, "--count", "2"]) == 0
+    assert [body["extra_data"] for body in bodies(site)] == [{"more": 1} | extra_data] * 2
+    send_job.submit(workflow, extra_data=extra_data)
+    send_job.submit_many([workflow] * 2, extra_data=extra_data)
+    assert [body["extra_data"] for body in bodies(site)] == [extra_data] * 3
+    send_job.submit(workflow, extra_data={})
+    assert "extra_data" not in bodies(site)[0]
+    assert "hush" not in said.out + capsys.readouterr().out
+
+
+def test_what_is_too_large_goes_by_the_bucket_but_for_secrets(sender_site: Site) -> None:
+    large, workflow = "x" * 600_000, image_workflow()
+    large_workflow = image_workflow(more={"9": {"class_type": "PreviewAny", "inputs": {"source": large}}})
+    key, drawn = {"api_key_comfy_org": "hush-hush"}, {"workflow": {"nodes": [large]}}
+    first = send_job.submit(large_workflow, extra_data=key | {"extra_pnginfo": drawn})
+    (body,) = bodies(sender_site)
+    place = f"input/jobs/{first}.json"
+    assert body == {"workflow_key": place, "extra_data": key | {"extra_pnginfo": drawn}, "job_id": first}
+    assert stored_at(sender_site, place) == large_workflow, "the message has room for the rest"
+    drawn["workflow"]["nodes"] *= 2
+    second = send_job.submit(workflow, extra_data=key | {"extra_pnginfo": drawn})
+    (body,) = bodies(sender_site)
+    place = f"input/jobs/{second}.json"
+    assert body == {"workflow_key": place, "extra_data": key, "job_id": second}
+    assert stored_at(sender_site, place) == {"prompt": workflow, "extra_data": {"extra_pnginfo": drawn}}
+    with pytest.raises(InvalidMessageError, match="only the workflow and extra_pnginfo of extra_data may be larger"):
+        send_job.submit(workflow, extra_data={"other": large * 2})
+    assert bodies(sender_site) == []
+
+
+def stored_at(site: Site, key: str) -> Any:
+    return json.loads(site.s3.get_object(Bucket=site.bucket, Key=key)["Body"].read())
+
+
+def deep(levels: int) -> Any:
+    value: Any = 1
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(float("nan"), "its input a is nan"), ("\ud800", "its input a has half a character"), (deep(5000), "more than 100"),
+     ({1}, "the job cannot be written as JSON (Object of type set is not"), (10**5000, "the job cannot be written as JSON")],
+    ids=["nan", "half a character", "deep", "a set", "long"],
+)  # fmt: skip
+def test_what_no_message_can_say_is_refused_before_it_is_sent(sender_site: Site, value: object, said: str) -> None:
+    workflow: Any = {"1": {"class_type": "X", "inputs": {"a": value}}}
+    with pytest.raises(InvalidMessageError) as refused:
+        send_job.submit(workflow)
+    assert said in str(refused.value)
+    with pytest.raises(InvalidMessageError):
+        send_job.submit(image_workflow(), extra_data={"a": value})
+    assert sender_site.depth() == (0, 0)
+
+
+# --- Words from outside --------------------------------------------------------------------------------------
+
+BAD_WORDS = "\x1b[31mred\x1b[0m\x1b]0;title\x07 two\nlines\r\u202etxt.exe " + "x" * 100_000
+
+
+def test_words_from_outside_are_one_line_that_a_terminal_only_shows(
+    sender_site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The receipt stays as it is, and --json prints all of it, in ASCII."""
+    job_id, other = new_job_id(), new_job_id()
+    error = {"kind": "execution_error", "message": BAD_WORDS, "node_id": "1"}
+    store(sender_site, job_id, status="failed", error=error)
+    store_progress(sender_site, other, node_title=BAD_WORDS, value=3)
+    shown = "red two lines  txt.exe xxx"
+    for command in (["--status", job_id], ["--wait", "--status", job_id], ["--status", other]):
+        send_job.main(command)
+        said = capsys.readouterr()
+        (line,) = [line for line in said.out.splitlines() if shown in line]
+        assert line.isprintable()
+        assert line.endswith(" more characters)")
+        assert len(line) < 1100
+    send_job.main(["--status", job_id, "--json"])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line)["result"]["error"] == error
+    assert line.isascii()
+    with pytest.raises(send_job.JobFailed) as failed:
+        send_job.wait(job_id)
+    assert shown in str(failed.value)
+    assert str(failed.value).isprintable()
+    assert failed.value.error["message"] == BAD_WORDS
+
+
+def test_a_terminal_that_cannot_write_a_letter_gets_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr("sys.stdout", out)
+    comfy_utils.say("K采样器 é")
+    out.seek(0)
+    assert out.read() == "K??? é\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [("", ""), ("a  b", "a  b"), ("日本 🦊 é", "日本 🦊 é"), ("a\tb\u2028c\x00d", "a b c d"), ("\x9b31mred", "red"),
+     ("\x1b[38;5;1mred", "red"), ("\x1b]8;;http://x\x1b\\link\x1b]8;;\x1b\\", "link"), ("\x1bPq#\x1b\\x", "x"),
+     ("\x1b", " "), ("\ud800", " "), ("x" * 1000, "x" * 1000), ("x" * 1001, "x" * 1000 + " … (1 more characters)")],
+)  # fmt: skip
+def test_what_is_left_of_words(words: str, shown: str) -> None:
+    assert comfy_utils.printable(words) == shown
+
+
 def test_a_workflow_too_large_for_a_message_goes_by_the_bucket(
     make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,15 +280,33 @@ def test_it_works_when_copied_elsewhere(make_site: Callable[..., Site], tmp_path
     ran = site.run(
         "python",
         "-c",
-        "import json, send_job; print(send_job.submit(json.load(open('../mine.json'))), "
+        "import json, send_job; mine = json.load(open('../mine.json'))\n"
+        "print(send_job.submit(mine), *send_job.submit_many([mine]), "
         f"send_job.submit_command('true', env='{site.env}'))",
     )
     ids = ran.stdout.split()
-    assert all(map(is_job_id, ids)), ran.stderr
+    assert len(ids) == 3, ran.stderr
+    assert all(map(is_job_id, ids))
     assert {body["job_id"] for body in bodies(site)} == set(ids)
+    unchecked = "workflows are sent unchecked: the folder sender/ is not beside send_job.py, copy it there, too"
+    assert (ran.stderr.count(unchecked), ran.stderr.count("Warning")) == (1, 1)
+    (elsewhere / "sender").mkdir()  # a package of the same name that is somebody else's
+    (elsewhere / "sender" / "__init__.py").touch()
     ran = site.run("python", "send_job.py", "../mine.json")
+    assert (ran.returncode, ran.stderr) == (0, f"send_job.py: {unchecked}\n")
+    ran = site.run("python", "send_job.py", "../mine.json", "--no-check")
     assert (ran.returncode, ran.stderr) == (0, "")
-    assert len(bodies(site)) == 1
+    assert len(bodies(site)) == 2
+    ran = site.run("python", "send_job.py", "--exec-cmd", "true", "--wait", "--timeout", "0.1")
+    assert (ran.returncode, ran.stdout.splitlines()[-1]) == (3, "0 of 1 job done"), ran.stderr
+    ran = site.run("python", "send_job.py", "../mine.json", "--check")
+    assert (ran.returncode, ran.stderr) == (
+        2, "send_job.py: --check needs the folder sender/ beside send_job.py: copy it there, too\n"
+    )  # fmt: skip
+    ran = site.run("python", "send_job.py", "../mine.json", "--direct", "127.0.0.1:9")
+    assert (ran.returncode, ran.stderr) == (
+        2, "send_job.py: --direct needs the folders sender/ and ground/ beside send_job.py: copy them there, too\n"
+    )  # fmt: skip
 
 
 # --- Bad input: one sentence, nothing sent ---------------------------------------------------------------
@@ -172,8 +317,21 @@ def test_it_works_when_copied_elsewhere(make_site: Callable[..., Site], tmp_path
     [
         (["missing.json"], 2, "cannot read the workflow missing.json: No such file or directory"),
         (["text.json"], 2, "text.json is not JSON"),
-        (["list.json"], 2, "list.json: this is no workflow: export one with Save (API Format)"),
-        (["ui.json"], 2, "ui.json: this workflow is saved in UI format: export it with Save (API Format)"),
+        (["list.json"], 2, "list.json: this is no workflow, but a list: export it with Export (API), which older"),
+        (
+            ["ui.json"],
+            2,
+            "ui.json: this workflow is saved in UI format, which has nodes and links: export it with Export",
+        ),
+        (
+            ["runpod.json"],
+            2,
+            'runpod.json: the workflow stands under input.workflow: send it as {"prompt": the workflow}',
+        ),
+        (["--set", "3.cfg=1e999"], 2, "node 3 KSampler: its input cfg is inf, which JSON cannot say: give a finite"),
+        (["--extra-data", "missing.json"], 2, "cannot read the extra data missing.json: No such file or directory"),
+        (["--extra-data", "list.json"], 2, "list.json: extra_data is no object"),
+        (["--extra-data", "odd.json"], 2, "odd.json: extra_data: key.0 is inf, which JSON cannot say"),
         (["--set", "99.text=x"], 2, "--set 99.text: there is no node 99; the nodes are 3, 4, 5, 6, 7, 8, 9"),
         (["--set", "6.txt=x"], 2, "--set 6.txt: node 6 has no input txt; its inputs are text, clip"),
         (["--set", "3.steps=many"], 2, "--set 3.steps=many: the input is a number, such as 20"),
@@ -189,6 +347,8 @@ def test_bad_input_is_one_sentence_and_nothing_is_sent(
     (site.folder / "text.json").write_text("hello")
     (site.folder / "list.json").write_text("[]")
     (site.folder / "ui.json").write_text('{"nodes": [], "links": []}')
+    (site.folder / "runpod.json").write_text('{"input": {"workflow": {"1": {"class_type": "X"}}}}')
+    (site.folder / "odd.json").write_text('{"key": [1e999]}')
     ran = site.run("python", "send_job.py", *arguments)
     assert ran.returncode == code
     assert ran.stdout == ""
@@ -203,7 +363,8 @@ def test_bad_input_is_one_sentence_and_nothing_is_sent(
      ["--wait", "--direct", "127.0.0.1:9"], ["--timeout", "5"], ["--wait", "--timeout", "0"],
      ["--wait", "--timeout", "nan"], ["--wait", "--timeout", "inf"], ["--save", "x"], ["--direct", "x:1", "--json"],
      ["--input", str(ROOT / "env.example"), "--check"], ["--check", "--wait"], ["--input", "gone.png"],
-     ["--direct", "x:1", "--set", "1.image=@x"], ["--status", "x"], ["--exec-cmd", "ls", "--status", "0f8fad5b-d9cb-469f-a165-70867728950e"]],
+     ["--direct", "x:1", "--set", "1.image=@x"], ["--direct", "http://x:1"], ["--direct", "x:65536"],
+     ["--extra-data", "x.json", "--exec-cmd", "ls"], ["--extra-data", "x.json", "--check"], ["--status", "x"], ["--exec-cmd", "ls", "--status", "0f8fad5b-d9cb-469f-a165-70867728950e"]],
 )  # fmt: skip
 def test_misuse_shows_the_usage(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:

@@ -9,10 +9,10 @@ import pytest
 from launches import FULL, FULL_SAYS, QUOTA, QUOTA_SAYS, Group, activity
 from sender_tools import client_error
 
-import send_job
 from comfy_utils import (
     QueueDepth,
 )
+from sender import outlook
 
 DENIED = client_error(403, "AccessDenied", "DescribeScalingActivities")
 
@@ -33,7 +33,7 @@ DENIED = client_error(403, "AccessDenied", "DescribeScalingActivities")
     ],
 )
 def test_what_is_said_of_the_group(group: Group, news: str | None) -> None:
-    assert send_job.fleet_news(group, "asg") == news
+    assert outlook.fleet_news(group, "asg") == news
 
 
 class Watched:
@@ -44,12 +44,11 @@ class Watched:
         self.depth: QueueDepth | Exception = QueueDepth(2, 0)
         self.news: str | Exception | None = "1 instance is booting"
         self.said: list[str] = []
-        monkeypatch.setattr(send_job, "time", types.SimpleNamespace(monotonic=lambda: self.now))
-        monkeypatch.setattr(send_job, "aws_client", lambda *_: None)
-        monkeypatch.setattr(send_job, "fleet_news", lambda *_: self.answer(self.news))
-        settings = types.SimpleNamespace(region="us-west-2", asg_name="asg")
-        sender: Any = types.SimpleNamespace(settings=settings, depth=lambda _: self.answer(self.depth))
-        self.watch = send_job.FleetWatch(sender, self.said.append)
+        monkeypatch.setattr(outlook, "time", types.SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr(outlook, "aws_client", lambda *_: None)
+        monkeypatch.setattr(outlook, "fleet_news", lambda *_: self.answer(self.news))
+        settings: Any = types.SimpleNamespace(region="us-west-2", asg_name="asg")
+        self.watch = outlook.FleetWatch(settings, lambda _: self.answer(self.depth), self.said.append)
 
     def answer(self, value: Any) -> Any:
         self.looks += 1
@@ -57,7 +56,7 @@ class Watched:
             raise value
         return value
 
-    def look(self, unfinished: int = 2, after_s: float = send_job.FLEET_LOOK_S) -> list[str]:
+    def look(self, unfinished: int = 2, after_s: float = outlook.FLEET_LOOK_S) -> list[str]:
         """What is said now."""
         self.now += after_s
         self.said.clear()
@@ -81,7 +80,7 @@ def test_queue_and_group_are_looked_at_rarely(monkeypatch: pytest.MonkeyPatch) -
     watched = Watched(monkeypatch)
     watched.look()
     looks = watched.looks
-    watched.look(after_s=send_job.FLEET_LOOK_S - 0.1)
+    watched.look(after_s=outlook.FLEET_LOOK_S - 0.1)
     assert watched.looks == looks
     watched.look(after_s=0.1)
     assert watched.looks > looks

@@ -122,7 +122,11 @@ def test_batches_fit_into_a_request() -> None:
     ("workflows", "job_ids", "sentence"),
     [
         ([image_workflow(), {"nodes": [], "links": []}], None, "workflow 2: this workflow is saved in UI format"),
-        ([image_workflow(math.nan)], None, "job 1: the job cannot be written as JSON .*: use text, lists, dicts and"),
+        (
+            [image_workflow(math.nan)],
+            None,
+            "workflow 1: node 2 StandinSleep: its input seconds is nan, which JSON cannot say",
+        ),
         ([image_workflow(more={"7": {"class_type": "X", "inputs": {"path": ROOT}}})], None, "Path is not JSON"),
         ([image_workflow()], ["x", "y"], "there are 2 job_ids for 1 jobs: give one for each"),
         ([image_workflow()] * 2, ["0f8fad5b-d9cb-469f-a165-70867728950e", "X"], "job 2: job_id 'X' is no lowercase"),

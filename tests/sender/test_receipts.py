@@ -2,52 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import itertools
-import json
-import types
+import uuid
 from collections import Counter
-from typing import Any
 
 import pytest
 from botocore.exceptions import EndpointConnectionError, NoCredentialsError, ResponseStreamingError
-from sender_tools import client_error, receipt
+from sender_tools import Bucket, client_error
 
 import send_job
-
-
-class Bucket:
-    """An S3 client with a clock of its own: each receipt appears at a second of it, errors come first."""
-
-    class exceptions:  # noqa: N801
-        NoSuchKey = KeyError
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, done_at: dict[str, float], *errors: Exception) -> None:
-        self.now = 0.0
-        self.done_at = done_at
-        self.errors = list(errors)
-        self.asked: list[tuple[float, str]] = []
-        clock = types.SimpleNamespace(monotonic=lambda: self.now, sleep=self.sleep)
-        monkeypatch.setattr(send_job, "time", clock)
-
-    def sleep(self, seconds: float) -> None:
-        assert seconds > 0
-        self.now += seconds
-
-    def get_object(self, Bucket: str, Key: str) -> dict[str, Any]:  # noqa: N803
-        assert Bucket == "bucket"
-        job_id = Key.split("/")[1]
-        self.asked.append((self.now, job_id))
-        if self.errors:
-            raise self.errors.pop(0)
-        if self.now < self.done_at[job_id]:
-            raise KeyError(Key)
-        return {"Body": io.BytesIO(json.dumps(receipt(job_id)).encode())}
-
-    def wait(self, **more: Any) -> list[tuple[float, str]]:
-        """(when, which) of each receipt."""
-        found = send_job.wait_for(self, "bucket", list(self.done_at), **more)
-        return [(self.now, result["job_id"]) for result in found]
 
 
 def test_receipts_come_as_they_appear(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,6 +41,65 @@ def test_many_jobs_cost_no_more_looks_than_few(monkeypatch: pytest.MonkeyPatch) 
     assert max(Counter(moment for moment, _ in bucket.asked).values()) == send_job.LOOKS_PER_ROUND
     assert found[0][1] == "job99", "everyone has a turn"
     assert found[0][0] < 60
+
+
+MANY = [str(uuid.UUID(int=number)) for number in range(1000)]
+
+
+def test_the_list_of_ended_jobs_tells_of_many_at_the_cost_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket = Bucket(monkeypatch, {job_id: 1.0 + number for number, job_id in enumerate(MANY)})
+    bucket.marked_at = dict(bucket.done_at)
+    found = bucket.wait()
+    assert max(moment - bucket.done_at[job_id] for moment, job_id in found) <= send_job.LONGEST_PAUSE_S
+    minutes = bucket.now / 60
+    looks_in_vain = len(bucket.asked) - len(MANY)
+    assert looks_in_vain <= minutes * 60 / send_job.LONGEST_PAUSE_S * send_job.LOOKS_PER_ROUND + len(bucket.listed)
+    assert len(bucket.listed) <= minutes * 60 / send_job.FIRST_PAUSE_S
+    assert {job_id for _, job_id in found} == set(MANY)
+
+
+@pytest.mark.parametrize(
+    ("marked_s", "within_s"),
+    [
+        (2999.0, 5),
+        (2941.0, 5),  # a worker's clock that is behind, or a mark that came late
+        (None, 260),  # the worker was killed before it could: the job is found in its turn
+        (3300.0, 5),  # a clock that is ahead
+    ],
+)
+def test_what_the_list_says_late_or_not_at_all_is_found(
+    monkeypatch: pytest.MonkeyPatch, marked_s: float | None, within_s: float
+) -> None:
+    odd, *others = MANY
+    bucket = Bucket(monkeypatch, {odd: 3000.0} | dict.fromkeys(others[:600], 9000.0))
+    ended_before = {str(uuid.UUID(int=10_000 + number)): 2990.0 for number in range(3)}
+    ended_long_before = {str(uuid.UUID(int=20_000 + number)): -4000.0 for number in range(1500)}
+    bucket.marked_at = ended_before | ended_long_before | ({} if marked_s is None else {odd: marked_s})
+    found: list[tuple[float, str]] = []
+    for result in send_job.wait_for(bucket, "bucket", bucket.done_at):
+        found.append((bucket.now, result["job_id"]))
+        break
+    assert found[0][1] == odd
+    assert 0 <= found[0][0] - 3000 <= within_s
+
+
+def test_a_clock_that_is_ahead_hides_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    ahead, then, *others = MANY
+    bucket = Bucket(monkeypatch, {ahead: 100.0, then: 200.0} | dict.fromkeys(others, 5000.0))
+    bucket.marked_at = {ahead: 1900.0, then: 200.0}
+    found = [
+        (bucket.now, result["job_id"])
+        for result, _ in zip(send_job.wait_for(bucket, "bucket", bucket.done_at), "12", strict=False)
+    ]
+    assert [job_id for _, job_id in found] == [ahead, then]
+    assert found[1][0] <= 205
+
+
+def test_what_had_ended_before_is_found_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    bucket = Bucket(monkeypatch, dict.fromkeys(MANY, -1000.0))
+    bucket.marked_at = dict(bucket.done_at) | {str(uuid.UUID(int=10_000 + n)): -2000.0 for n in range(1500)}
+    assert {moment for moment, _ in bucket.wait()} == {0.0}
+    assert len(bucket.listed) == 3, "pages of a thousand"
 
 
 def test_after_the_time_limit_one_last_look_is_made(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,6 +23,7 @@ from comfy_utils import (
     QueueDepth,
     new_job_id,
 )
+from sender.outlook import Outlook
 
 
 @pytest.fixture
@@ -248,30 +249,35 @@ def test_on_a_terminal_one_line_changes(make_site: Callable[..., Site]) -> None:
         os.close(controller)
 
 
+def make_outlook() -> Outlook:
+    settings: Any = types.SimpleNamespace(region="us-west-2", asg_name="asg")
+    return Outlook(settings, lambda _: QueueDepth(0, 0), print, send_job.tell_progress)
+
+
 def test_many_jobs_are_one_bar(capsys: pytest.CaptureFixture[str]) -> None:
-    sender: Any = types.SimpleNamespace(settings=types.SimpleNamespace(s3_bucket="bucket"))
+    sender: Any = types.SimpleNamespace(settings=types.SimpleNamespace(s3_bucket="bucket"), depth=None)
     waiting = send_job.Waiting(sender, None, ["a", "b", "c", "d"], send_job.Teller())
-    assert waiting.line_of_many() == "[░░░░░░░░░░░░░░░░░░░░] 0 of 4 jobs done"
-    waiting.fleet.depth = QueueDepth(1, 2)
-    waiting.fleet.said = {"queue": "On the queue: 1 waiting, 2 running", "group": None}
+    waiting.outlook = outlook = make_outlook()
+    assert waiting.line() == "[░░░░░░░░░░░░░░░░░░░░] 0 of 4 jobs done"
+    outlook.fleet.depth = QueueDepth(1, 2)
+    outlook.fleet.said = {"queue": "On the queue: 1 waiting, 2 running", "group": None}
     done: Any = receipt("a")  # 12.34 s
     waiting.take(done)
     waiting.take(done | {"job_id": "b", "status": "failed", "error": {"message": "no"}})
     bar = "[██████████░░░░░░░░░░] 2 of 4 jobs done, 1 failed, about 12 s left. On the queue: 1 waiting, 2 running"
-    assert waiting.line_of_many() == bar
-    waiting.fleet.said["group"] = "1 instance is booting"
-    assert waiting.line_of_many() == f"{bar}. 1 instance is booting"
+    assert waiting.line() == bar
+    outlook.fleet.said["group"] = "1 instance is booting"
+    assert waiting.line() == f"{bar}. 1 instance is booting"
+    waiting.outlook = None  # carried away without the room
+    assert waiting.line() == "2 of 4 jobs done, 1 failed"
     assert capsys.readouterr().out.endswith("Job b failed: no\n")
 
 
 def test_how_long_a_job_goes_on_is_told_by_past_runs_of_its_kind() -> None:
-    sender: Any = types.SimpleNamespace(settings=types.SimpleNamespace(s3_bucket="bucket"))
-    waiting = send_job.Waiting(sender, None, ["a"], send_job.Teller())
     progress: Any = {"job_id": "a", "node_title": "KSampler", "nodes": 7, "usual_run_s": 300.0}
     for ran_s, told in ((100, r", about (199|200) s left"), (400, "")):  # longer than ever: nobody knows
         started_at = (datetime.now(UTC) - timedelta(seconds=ran_s)).isoformat()
-        waiting._note(progress | {"started_at": started_at})
-        assert re.fullmatch(f"running: KSampler{told}", waiting.line_of_one())
+        assert re.fullmatch(f"running: KSampler{told}", make_outlook().of_one(progress | {"started_at": started_at}))
 
 
 @pytest.mark.parametrize(

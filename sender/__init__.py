@@ -1,0 +1,1 @@
+"""The rooms of send_job.py, which sends without them, too."""
