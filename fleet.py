@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""For those who keep a fleet: how it stands, its dead jobs, a report of jobs that ended (`fleet.py --help`)."""
+"""For those who keep a fleet: how it stands, its dead jobs, a report of jobs that ended, and a door to it for all that
+speaks to a ComfyUI (`fleet.py --help`)."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from comfy_utils import SettingsError, is_job_id, load_settings, new_job_id
+from comfy_utils import Settings, SettingsError, is_job_id, load_settings, new_job_id, say
 from operate.dead_letters import list_dead, purge, redrive
 from operate.fleet_view import show_fleet
 from operate.report import make_report
@@ -31,16 +32,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return redrive(settings, as_json=options.json)
             case "purge":
                 return purge(settings, sure=options.yes, as_json=options.json)
+            case "serve":
+                return run_server(settings, options)
             case _:
                 return make_report(settings, options.job_ids, options.output, options.price, as_json=options.json)
     except SettingsError as error:
-        print(f"fleet.py: {error}", file=sys.stderr)
+        say(f"fleet.py: {error}", to=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        print(f"fleet.py: {refusal(error, 'sqs')}", file=sys.stderr)
+        say(f"fleet.py: {refusal(error, 'sqs')}", to=sys.stderr)
         return 1
+
+
+def run_server(settings: Settings, options: argparse.Namespace) -> int:
+    """Answer as a ComfyUI until told to end."""
+    try:
+        from operate.gateway.serve import choose_address, serve
+    except ImportError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in ("aiohttp", "blake3"):
+            raise
+        say(f"fleet.py serve needs {missing}: pip install -r requirements-serve.txt", to=sys.stderr)
+        return 2
+    address = choose_address(
+        options.host, options.port, options.token_file, no_auth=options.no_auth, no_redirect=options.no_redirect
+    )
+    return serve(settings, address)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -59,13 +78,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         made.add_argument("--env", metavar="NAME", help="the environment, instead of ENV in the settings")
-        made.add_argument("--json", action="store_true", help="print one object, for programs")
+        if name != "serve":
+            made.add_argument("--json", action="store_true", help="print one object, for programs")
         return made
 
     status = command("status", "how queue and instances stand", STATUS_HELP)
     status.add_argument("--watch", action="store_true", help="look again every few seconds")
-    command("dead", "the jobs in the dead-letter queue, and why they are there", DEAD_HELP)
-    command("redrive", "send the dead jobs back to the queue", REDRIVE_HELP)
+    command("dead", "the jobs in the dead-letter queue, and what their results say", DEAD_HELP)
+    command("redrive", "send the dead jobs anew", REDRIVE_HELP)
     purging = command("purge", "delete the dead jobs, after a question", PURGE_HELP)
     purging.add_argument("--yes", action="store_true", help="do not ask; --json needs it")
     report = command("report", "draw a page of jobs that have ended", REPORT_HELP)
@@ -74,6 +94,15 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
                         help="the page (default: report.html)")  # fmt: skip
     for priced in (status, report):
         priced.add_argument("--price", type=usd_per_hour, metavar="USD", help="what an instance's hour costs")
+    serving = command("serve", "answer as a ComfyUI, and have the fleet do the work", SERVE_HELP)
+    serving.add_argument("--host", default="127.0.0.1", metavar="ADDRESS",
+                         help="where to listen (default: 127.0.0.1, this machine only)")  # fmt: skip
+    serving.add_argument("--port", type=port, default=8188, metavar="N", help="default: 8188, where clients look")
+    who = serving.add_mutually_exclusive_group()
+    who.add_argument("--token-file", type=Path, metavar="FILE", help="let in who brings the token in this file")
+    who.add_argument("--no-auth", action="store_true", help="let in all who reach another --host")
+    serving.add_argument("--no-redirect", action="store_true",
+                         help="pass the files of the Comfy API on; else clients fetch them from S3")  # fmt: skip
     options = parser.parse_args(arguments)
     if options.command == "purge" and options.json and not options.yes:
         purging.error("--json leaves no room for a question: add --yes")
@@ -85,6 +114,13 @@ def job_id(text: str) -> str:
     if not is_job_id(text):
         raise argparse.ArgumentTypeError(f"{text:.60}: that is no job id, such as {new_job_id()}")
     return text
+
+
+def port(text: str) -> int:
+    """An argument that is a port."""
+    if text.isascii() and text.isdigit() and int(text) <= 65535:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text:.60}: give a port from 0 to 65535, where 0 is any that is free")
 
 
 def usd_per_hour(text: str) -> float:
@@ -107,15 +143,20 @@ DEAD_HELP = """\
 example:
   ./fleet.py dead --env pro
 
-Looking leaves the jobs where they are. The object has queue, jobs (job_id, kind, problem, sent_at, receives, reason,
-log, result) and not_seen.
+Looking leaves the jobs where they are. The object has queue, jobs, hidden (how many could not be received, because a
+worker looks at them just now) and not_seen. A job has job_id, kind, problem (why it is none), sent_at, receives,
+result (its receipt; null: no answer yet), answered_at (when its callback was made, too) and attempts: of each that is
+known attempt, at, instance_id, kind, message and log.
 """
 REDRIVE_HELP = """\
 example:
   ./fleet.py redrive --env pro
 
-Each job keeps its id and is deleted only after it was sent, so none gets lost. Exits with 1 when some could not be
-sent. The object has queue, sent (how many), unsent (message id: reason) and instances_wanted.
+Each is a new job with an id of its own, whose result names the dead one in retry_of. A job that has ended, and only
+its callback was not accepted, is sent under its id, and only its callback is made. A letter is deleted only after its
+job was sent, so none gets lost, and a redrive that was cut can be done again: an id is run once. Exits with 1 when some
+could not be sent or deleted. The object has queue, sent (of each dead, its old id, and job_id, the new one), unsent
+and undeleted (message id: reason), hidden (how many somebody else looks at just now) and instances_wanted.
 """
 PURGE_HELP = """\
 example:
@@ -129,6 +170,13 @@ example:
 
 The page needs nothing from elsewhere; large images lie beside it, in FILE-files/. Exits with 1 when a job has no
 result yet and is left out. The object has page, jobs and left_out.
+"""
+SERVE_HELP = """\
+example:
+  ./fleet.py serve --env pro
+
+Programs that know a ComfyUI are given this address. It keeps nothing itself: several of them on one environment answer
+the same. Needs what requirements-serve.txt names, and the sender's permissions. Ends on SIGTERM.
 """
 
 

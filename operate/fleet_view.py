@@ -11,9 +11,10 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from comfy_utils import Settings, aws_client, explain_launch_failure, queue_depth
+from comfy_utils import Settings, aws_client, queue_depth, say
+from ground.launches import explain_launch_failure
 from operate.prices import price_of
-from operate.words import duration, moment, printable, refusal
+from operate.words import duration, moment, refusal
 from send_job import read_json
 
 WATCH_S = 5.0
@@ -29,15 +30,22 @@ def show_fleet(settings: Settings, price: float | None, *, watch: bool, as_json:
         if as_json:
             print(json.dumps(fleet), flush=True)
         elif not watch:
-            print("\n".join(tell_fleet(fleet)))
+            show(tell_fleet(fleet))
         elif sys.stdout.isatty():
-            print("\x1b[H\x1b[J" + "\n".join(tell_fleet(fleet)), flush=True)
+            show(tell_fleet(fleet), before="\x1b[H\x1b[J")
         elif (line := tell_fleet_shortly(fleet)) != shown:
             shown = line
-            print(f"{fleet['at']} {line}", flush=True)
+            say(f"{fleet['at']} {line}")
         if not watch:
             return 1 if fleet["queue"] is None and fleet["group"] is None else 0
         time.sleep(WATCH_S)
+
+
+def show(lines: list[str], before: str = "") -> None:
+    """Print lines, the first after what empties a terminal."""
+    for line in lines:
+        say(line, before=before)
+        before = ""
 
 
 # --- What is read ----------------------------------------------------------------------------------------
@@ -227,4 +235,4 @@ def tell_job(job: dict[str, Any]) -> str:
     step = f" {job['value']} of {job['max']}" if job.get("max") else ""
     title = " ".join(str(job.get("node_title") or "").split())
     running_s = max(0.0, time.time() - moment(job["since"]))
-    return printable(f"{job['job_id']} for {duration(running_s)}" + (f", {title}{step}" if title else ""))
+    return f"{job['job_id']} for {duration(running_s)}" + (f", {title}{step}" if title else "")

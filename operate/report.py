@@ -13,17 +13,19 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from comfy_utils import InvalidWorkflowError, Settings, Workflow, aws_client, check_workflow
+from comfy_utils import InvalidWorkflowError, Settings, Workflow, aws_client, check_workflow, count, say
 from operate.prices import price_of
 from operate.report_page import Life, Picture, Receipt, draw_report
 from operate.words import moment, refusal
-from send_job import count, read_json, read_result
+from send_job import read_json, read_result
 
 EMBEDDED_BYTES = 256 * 1024
 """A larger image lies beside the page instead of in it, as do all once those in it have PAGE_BYTES together."""
 PAGE_BYTES = 16 * 1024 * 1024
 IMAGE_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg", ".webp": "image/webp",
                ".gif": "image/gif"}  # fmt: skip
+LAUNCH = re.compile(r"(Launching a new|Terminating) EC2 instance: (\S+)")
+"""How AWS describes that an instance came or went."""
 
 
 def make_report(settings: Settings, job_ids: Sequence[str], page: Path, price: float | None, *, as_json: bool) -> int:
@@ -35,7 +37,7 @@ def make_report(settings: Settings, job_ids: Sequence[str], page: Path, price: f
         for job_id in job_ids:
             result = read_result(s3, settings.s3_bucket, job_id)
             if result is None:
-                print(f"fleet.py: job {job_id} has no result yet: it is left out", file=sys.stderr)
+                say(f"fleet.py: job {job_id} has no result yet: it is left out", to=sys.stderr)
             else:
                 results[job_id] = result
         if results:
@@ -45,13 +47,13 @@ def make_report(settings: Settings, job_ids: Sequence[str], page: Path, price: f
             title = f"Environment {settings.env}"
             write_report(s3, settings.s3_bucket, title, list(results.values()), lives, page)
     except Exception as error:
-        print(f"fleet.py: no report: {refusal(error, 's3')}", file=sys.stderr)
+        say(f"fleet.py: no report: {refusal(error, 's3')}", to=sys.stderr)
         return 1
     if as_json:
         left_out = [job_id for job_id in job_ids if job_id not in results]
         print(json.dumps({"page": str(page) if results else None, "jobs": list(results), "left_out": left_out}))
     elif results:
-        print(f"Report of {count(len(results), 'job')}: {page}")
+        say(f"Report of {count(len(results), 'job')}: {page}")
     return 0 if len(results) == len(job_ids) else 1
 
 
@@ -114,7 +116,7 @@ def read_lives(
             page["Activities"]
             for page in pages.paginate(AutoScalingGroupName=settings.asg_name, PaginationConfig={"MaxItems": 10_000})
         ):
-            match = re.match(r"(Launching a new|Terminating) EC2 instance: (\S+)", activity["Description"])
+            match = LAUNCH.match(activity["Description"])
             if not match or match[2] not in lives:
                 continue
             if match[1] == "Terminating":

@@ -14,8 +14,8 @@ from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
 
+from comfy_utils import count
 from operate.words import duration, moment
-from send_job import count
 
 BILLED_AT_LEAST_S = 60
 AFTERWARDS_S = 600

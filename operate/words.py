@@ -1,11 +1,10 @@
-"""How the operator's commands put things: refusals, durations, what others have written."""
+"""How the operator's commands put things: refusals and durations."""
 
 from __future__ import annotations
 
 from datetime import datetime
 
-from comfy_utils import error_code
-from send_job import one_line
+from comfy_utils import error_code, one_line
 
 
 def refusal(error: Exception, service: str) -> str:
@@ -27,8 +26,3 @@ def duration(seconds: float) -> str:
 def moment(text: str) -> float:
     """An ISO 8601 time as seconds since 1970."""
     return datetime.fromisoformat(text).timestamp()
-
-
-def printable(text: str) -> str:
-    """Text that others have written, without what a terminal would obey."""
-    return "".join(letter if letter.isprintable() else " " for letter in text)

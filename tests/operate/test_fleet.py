@@ -100,33 +100,28 @@ def test_programs_read_what_became_of_dead_jobs(
         found: dict[str, object] = json.loads(capsys.readouterr().out)
         return found
 
-    assert said("dead") == {"queue": f"{queue}-dlq", "jobs": [], "not_seen": []}
+    assert said("dead") == {"queue": f"{queue}-dlq", "jobs": [], "hidden": 0, "not_seen": []}
     result = receipt(0, 1, 2) | {"job_id": job_id}
     site.s3.put_object(Bucket=site.bucket, Key=f"output/{job_id}/result.json", Body=json.dumps(result))
-    log = "Message %s is put back for 5 s after attempt 3 of 3: no ComfyUI\x1b[2J\n"
     body = json.dumps({"prompt": image_workflow(), "job_id": job_id})
-    message_id = site.sqs.send_message(QueueUrl=site.dlq_url, MessageBody=body)["MessageId"]
-    site.s3.put_object(Bucket=site.bucket, Key="output/i-1/parse_job.log", Body=log % message_id)
+    site.sqs.send_message(QueueUrl=site.dlq_url, MessageBody=body)
     other = site.sqs.send_message(QueueUrl=site.dlq_url, MessageBody="x")["MessageId"]
     found = said("dead")
     jobs = {job.pop("job_id"): job for job in found.pop("jobs")}  # type: ignore[attr-defined]
     assert jobs.keys() == {job_id, other}
-    told = {name: jobs[job_id][name] for name in ("kind", "problem", "reason", "log", "result")}
-    assert told == {
-        "kind": "workflow",
-        "problem": None,
-        "reason": "attempt 3 of 3: no ComfyUI\x1b[2J",
-        "log": f"s3://{site.bucket}/output/i-1/parse_job.log",
-        "result": result,
-    }
+    told = {name: jobs[job_id][name] for name in ("kind", "problem", "receives", "result", "attempts")}
+    assert told == {"kind": "workflow", "problem": None, "receives": 1, "result": result, "attempts": []}
     assert jobs[other]["kind"] is None
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", jobs[other]["sent_at"])
     assert jobs[other]["problem"].startswith("the message is not JSON")
-    assert (jobs[other]["reason"], jobs[other]["result"]) == (None, None)
+    assert (jobs[other]["result"], jobs[other]["attempts"]) == (None, [])
 
-    assert said("redrive") == {"queue": queue, "sent": 2, "unsent": {}, "instances_wanted": None}
-    assert site.depth() == (2, 0)
-    site.sqs.send_message(QueueUrl=site.dlq_url, MessageBody="x")
+    assert main(["redrive", "--json"]) == 1, "the other is no job"
+    answer = json.loads(capsys.readouterr().out)
+    assert answer.pop("unsent").keys() == {other}
+    sent = [{"dead": job_id, "job_id": job_id}]
+    assert answer == {"queue": queue, "sent": sent, "undeleted": {}, "hidden": 0, "instances_wanted": None}
+    assert site.depth() == (1, 0)
     assert said("purge", "--yes") == {"queue": f"{queue}-dlq", "deleted": 1}
 
 

@@ -75,7 +75,7 @@ def test_the_fleet_at_a_glance(
     assert instance == one | {"state": "booting"}, "its worker has not begun"
     assert (found["usd_per_hour"], found["scaling_errors"], found["not_seen"]) == (1.212, [], [])
 
-    job = {"job_id": new_job_id(), "since": iso(0), "node_title": "K采样器\x1b[2J", "value": 12, "max": 20}
+    job = {"job_id": new_job_id(), "since": iso(0), "node_title": "K采样器\x1b[2J\n", "value": 12, "max": 20}
     put_worker(site, machine.instance_id, [job])
     monkeypatch.setattr(cloud, "launch_failure", "We currently do not have sufficient g5.2xlarge capacity in the "
                         "Availability Zone you requested (us-west-2a). Launching EC2 instance failed.")  # fmt: skip
@@ -89,7 +89,7 @@ def test_the_fleet_at_a_glance(
     assert hour == "last hour  42 succeeded, 3 failed"
     assert instances == "instances  1 there, 2 wanted (0 to 5): 1 busy; $2 an hour on demand"
     assert re.fullmatch(
-        rf"  {machine.instance_id}  g5\.2xlarge   busy +[\d.]+ s  {job['job_id']} for \d.*, K采样器 \[2J 12 of 20",
+        rf"  {machine.instance_id}  g5\.2xlarge   busy +[\d.]+ s  {job['job_id']} for \d.*, K采样器 12 of 20",
         one_line,
     ), one_line
     assert re.match(r"scaling    [\d.]+ s ago: AWS has no g5.2xlarge free in us-west-2a just now", scaling)
