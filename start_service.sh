@@ -13,26 +13,37 @@
 #
 # Example: ./start_service.sh comfyui
 #
-# Both first wait for cloud-init, whose user data writes ENV into the file `env` at first boot,
-# and only then read `env`. Everything done already is found and left as it is, so a restart is
+# Both first wait for the user data, which writes ENV into the file `env` at first boot, and only then
+# read `env`. Everything done already is found and left as it is, so a restart is
 # always safe. Only a blank instance store is ever formatted.
 set -euo pipefail
 
 # shellcheck source=provision/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/provision/common.sh" # HERE, die, load_env, usage
+for room in instance first_boot giving_up; do
+  # shellcheck source=/dev/null
+  source "$HERE/boot/$room.sh"
+done
 
 INSTANCE_STORE_MODEL="Amazon EC2 NVMe Instance Storage"
 INSTANCE_STORE_LABEL=comfy-local
 COPY_TRIES=3
 COPY_PAUSE_SECONDS=${COPY_PAUSE_SECONDS:-10}
-COPY_REQUESTS=32 # at once, of the AWS CLI; its own default is 10
-COPY_PARTS=16    # of one file at once, of s5cmd; its own default is 5
+COPY_REQUESTS=32                       # at once, of the AWS CLI; its own default is 10
+COPY_PARTS=16                          # of one file at once, of s5cmd; its own default is 5
+BOOT_LIMIT_MS=${BOOT_LIMIT_MS:-300000} # a later start of a service is not part of the boot
 LOG_LIMIT_BYTES=$((50 * 1024 * 1024))
 WATCHDOG_SECONDS=${WATCHDOG_SECONDS:-30}
 
 say() {
   printf '%s: %s\n' "${0##*/}" "$*"
 }
+
+# pause SECONDS: without a process that a stop of the service would have to kill.
+pause() {
+  read -r -t "$1" -u "$NOTHING" || true
+}
+exec {NOTHING}<> <(:) # a pipe on which nothing comes and that is never closed
 
 # --- How long the boot takes -----------------------------------------------------------------
 
@@ -42,13 +53,15 @@ now_ms() {
   printf '%s' "${now%???}"
 }
 
-# begin_phases: the boot begins when the kernel does. BOOTED_AT, seconds since 1970, is for a machine
-# that has no kernel of its own (the local cloud).
+# begin_phases: the boot begins when the kernel does, unless the services were first started long after that, as on the
+# base machine by hand. BOOTED_AT, seconds since 1970, is for a machine that has no kernel of its own (the local cloud).
 begin_phases() {
-  local uptime
+  local uptime since
   read -r uptime _ </proc/uptime # to the hundredth of a second
   BOOTED_MS=$(($(now_ms) - 10#${uptime/./} * 10))
   [[ -z ${BOOTED_AT:-} ]] || BOOTED_MS=${BOOTED_AT}000
+  since=$(starting_since)000
+  ((since < BOOTED_MS + BOOT_LIMIT_MS)) || BOOTED_MS=$since
   PHASE_END_MS=$BOOTED_MS PHASES=""
 }
 
@@ -78,16 +91,6 @@ write_boot_report() {
 }
 
 # --- Settings --------------------------------------------------------------------------------
-
-wait_for_cloud_init() {
-  local code=0
-  command -v cloud-init >/dev/null || return 0
-  cloud-init status --wait >/dev/null || code=$?
-  # 2: cloud-init finished, with errors it recovered from. Anything else may mean that the ENV line
-  # was never written, and then this instance would take the base machine's jobs.
-  ((code == 0 || code == 2)) \
-    || die "cloud-init failed (exit code $code), so ENV in $HERE/env cannot be trusted: see 'cloud-init status --long', mend it and reboot"
-}
 
 # check_setting NAME PATTERN ALLOWED: refuses a value that does not match.
 check_setting() {
@@ -269,7 +272,7 @@ copy_models() {
     ((try < COPY_TRIES)) \
       || die "cannot copy s3://$S3_BUCKET/models/ to $LOCAL/models in $COPY_TRIES tries: see the messages above; is the disk full (df -h $LOCAL)?"
     say "copying the models failed: trying again in $COPY_PAUSE_SECONDS s"
-    sleep "$COPY_PAUSE_SECONDS"
+    pause "$COPY_PAUSE_SECONDS"
   done
   if [[ -d $models && ! -L $models ]] && ! rmdir "$models" 2>/dev/null; then
     say "moving the folder $models aside to models.before-copy"
@@ -341,12 +344,15 @@ start_comfyui() {
 tell_systemd() {
   [[ -n ${NOTIFY_SOCKET:-} ]] || return 0
   systemd-notify --ready
-  while sleep "$WATCHDOG_SECONDS" && kill -0 $$; do systemd-notify WATCHDOG=1; done >/dev/null 2>&1 &
-  TELLER=$!
+  # It reads a pipe that is closed when this script ends, however that comes about; until then the read times out. No
+  # process is left that systemd would have to kill.
+  exec {TELLER}> >(
+    while read -r -t "$WATCHDOG_SECONDS" || (($? > 128)); do systemd-notify WATCHDOG=1; done >/dev/null 2>&1
+  )
 }
 
 stop_telling() {
-  [[ -z ${TELLER:-} ]] || kill "$TELLER"
+  [[ -z ${TELLER:-} ]] || exec {TELLER}>&-
 }
 
 # start_worker: at once, so that it has imported and connected everything when ComfyUI answers.
@@ -357,7 +363,9 @@ start_worker() {
   say "starting the worker for ENV=$ENV, which waits for ComfyUI on $COMFY_ADDRESS"
   cd "$COMFY_HOME"
   stop_telling
-  exec "$python" parse_job.py
+  # Each job has threads of its own, which spread over eight heaps a core. By default glibc raises this limit by itself,
+  # and each heap keeps what its largest jobs took, so that the worker would grow for thousands of jobs.
+  MALLOC_TRIM_THRESHOLD_=131072 exec "$python" parse_job.py
 }
 
 main() {
@@ -372,10 +380,12 @@ main() {
       exit 2
       ;;
   esac
+  note_start
   begin_phases
   end_phase system
   [[ $1 == comfyui ]] || tell_systemd
-  wait_for_cloud_init
+  give_up_if_due
+  wait_for_first_boot
   end_phase cloud_init
   load_settings
   if [[ $1 == comfyui ]]; then start_comfyui; else start_worker; fi

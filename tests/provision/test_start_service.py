@@ -98,6 +98,7 @@ def test_a_missing_program_is_named(machine: Machine) -> None:
 
 def test_env_is_read_only_when_cloud_init_is_done(machine: Machine) -> None:
     (machine.home / "env").unlink()
+    """Where EC2 does not say what this is."""
     machine.stub("cloud-init", f'exec "{CLOUD}/bin/cloud-init" "$@"')
     process = machine.start("comfyui", LOCAL_INSTANCE_DIR=str(machine.state))
     await_true("cloud-init is asked", lambda: machine.calls("cloud-init"))
@@ -238,6 +239,7 @@ def test_the_worker_is_started_at_once_and_waits_for_comfyui_itself(machine: Mac
     assert (report["argv"], report["cwd"]) == (["parse_job.py"], str(machine.home))
     assert report["pid"] == process.pid
     assert report["env"]["AWS_REGION"] == "us-west-2"
+    assert report["env"]["MALLOC_TRIM_THRESHOLD_"] == "131072"
     assert "words on stdout" in stdout
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from aws_fixtures import ENV_FILE, Bundle
+from places import CLOUD
 
 
 @pytest.mark.parametrize(
@@ -32,9 +33,16 @@ def test_user_data_chooses_the_environment_and_forgets_the_logs(
     (home / "env").chmod(0o600)
     for _ in range(2):
         subprocess.run(
-            ["bash", "-c", user_data], env={"PATH": os.environ["PATH"], "COMFY_HOME": str(home)}, check=True
+            ["bash", "-c", user_data],
+            env={
+                "PATH": f"{CLOUD}/bin:{os.environ['PATH']}",
+                "COMFY_HOME": str(home),
+                "LOCAL_INSTANCE_DIR": "/of/i-0123456789abcdef0",
+            },
+            check=True,
         )
         assert (home / "env").read_text() == after
         assert (home / "env").stat().st_mode & 0o777 == 0o600
-        assert {path.name for path in home.iterdir()} == {"env", "logs", "ComfyUI"}
+        assert {path.name for path in home.iterdir()} == {"env", "logs", "ComfyUI", "first-boot"}
+        assert (home / "first-boot").read_text() == "i-0123456789abcdef0\n"
         assert list((home / "logs").iterdir()) == []
