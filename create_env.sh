@@ -5,7 +5,8 @@
 #
 # Usage: ./create_env.sh base [--move-data [--yes]] [--dry-run]
 #        ./create_env.sh NAME [INSTANCE_ID] [--rebake | --rollback] [--keep N] [--reboot]
-#                        [--with-output] [--s3-trigger | --no-s3-trigger] [--wait] [--dry-run]
+#                        [--with-output] [--subnets LIST] [--s3-trigger | --no-s3-trigger]
+#                        [--events | --no-events] [--wait] [--dry-run]
 #        ./create_env.sh --print-policy worker|sender|operator [NAME]
 #
 #   base           prepare the base machine itself: its bucket and queues
@@ -22,8 +23,11 @@
 #                  --rollback (default: 1 with --rebake, else nothing is removed)
 #   --reboot       reboot the base machine for an image that is consistent to the last byte
 #   --with-output  copy the base bucket's output/ as well
+#   --subnets LIST from now on, these subnets and no others: subnet-…,subnet-…, or auto: those that are found
 #   --s3-trigger   from now on, run every workflow that is dropped into the bucket's input/jobs/
 #   --no-s3-trigger  do so no more
+#   --events       from now on, tell EventBridge of all that comes into the bucket, such as each result.json
+#   --no-events    do so no more
 #   --wait         wait until the image is available, so that the fleet can start
 #
 #   --dry-run      say what would be made, changed or removed, and do nothing of it
@@ -47,14 +51,14 @@ for room in aws names fill checks base_machine network queues bucket trigger per
 done
 
 # The arguments. ACTION is update, rebake or rollback.
-NAME="" ID="" ACTION=update KEEP="" REBOOT=no-reboot WITH_OUTPUT=no S3_TRIGGER="" WAIT=no MOVE_DATA=no YES=no
+NAME="" ID="" ACTION=update KEEP="" REBOOT=no-reboot WITH_OUTPUT=no ASKED_SUBNETS="" S3_TRIGGER="" EVENTS_ASKED="" WAIT=no MOVE_DATA=no YES=no
 
 parse_arguments() {
   local of_base="" of_fleet=""
   while (($#)); do
     case $1 in
       --move-data | --yes) of_base=$1 ;;
-      --rebake | --rollback | --keep | --reboot | --with-output | --s3-trigger | --no-s3-trigger | --wait) of_fleet=$1 ;;
+      --rebake | --rollback | --keep | --reboot | --with-output | --subnets | --s3-trigger | --no-s3-trigger | --events | --no-events | --wait) of_fleet=$1 ;;
     esac
     case $1 in
       -h | --help) usage && exit ;;
@@ -76,8 +80,16 @@ parse_arguments() {
         ;;
       --reboot) REBOOT=reboot ;;
       --with-output) WITH_OUTPUT=yes ;;
+      --subnets)
+        [[ ${2:-} =~ ^(auto|subnet-[0-9a-f]{8,17}(,subnet-[0-9a-f]{8,17})*)$ ]] \
+          || die "--subnets is followed by subnets with commas between them, or by auto, not by '${2:-}'"
+        ASKED_SUBNETS=$2
+        shift
+        ;;
       --s3-trigger) S3_TRIGGER=yes ;;
       --no-s3-trigger) S3_TRIGGER=no ;;
+      --events) EVENTS_ASKED=yes ;;
+      --no-events) EVENTS_ASKED=no ;;
       --wait) WAIT=yes ;;
       -*) die "the option '$1' is not known: see --help" ;;
       *)
@@ -96,19 +108,20 @@ check_everything() {
   local id=$1
   check_fleet_settings
   check_account
+  check_cli
   if [[ -z $id ]]; then
     id=$(find_instance_id)
     check_here
   fi
   inspect_base "$id"
   if [[ -n $VPC ]]; then
-    choose_subnets
+    choose_subnets "$ASKED_SUBNETS"
     check_endpoint
     check_types
   fi
   check_topic
   check_base_bucket
-  look_at_trigger "$S3_TRIGGER"
+  look_at_trigger "$S3_TRIGGER" "$EVENTS_ASKED"
   choose_image
   die_of_problems
 }
@@ -128,7 +141,12 @@ prepare_base() {
   if say_dry_run; then return; fi
   printf '\nThe bucket and the queues of the base machine are ready.\n'
   show_links
-  printf 'Next: sudo systemctl restart comfyui comfy-manage, and when all works there: ./create_env.sh pro\n'
+  if systemctl cat comfyui.service comfy-manage.service &>/dev/null; then
+    printf 'Next: sudo systemctl restart comfyui comfy-manage'
+  else
+    printf 'Next: sudo cp systemd/*.service /etc/systemd/system/ && sudo systemctl daemon-reload && sudo systemctl enable --now comfyui comfy-manage'
+  fi
+  printf ', and when all works there: ./create_env.sh pro\n'
 }
 
 make_fleet() {
@@ -141,9 +159,11 @@ make_fleet() {
   ensure_image "$REBOOT"
   ensure_bucket
   ensure_trigger
+  ensure_events
   [[ $ACTION == rollback ]] || copy_files "$WITH_OUTPUT" # going back is to be fast
   ensure_template
   ensure_group
+  remember_subnets "$ASKED_SUBNETS"
   ensure_alarms
   ensure_dashboard
   store_object_info

@@ -87,6 +87,7 @@ main() {
   check_account
 
   printf 'Environment %s in %s of account %s\n' "$ENV" "$REGION" "$ACCOUNT_ID"
+  see_tags
   FOUND=$(look)
   show "$FOUND"
   if [[ $DRY_RUN == yes ]]; then

@@ -47,7 +47,7 @@ check_here() {
   local file
   grep -qsE '^ID(_LIKE)?=.*(ubuntu|debian)' /etc/os-release \
     || warn "this machine does not run Ubuntu, for which the services and their instructions are made"
-  for file in env start_service.sh provision/common.sh parse_job.py worker/job.py ComfyUI/main.py; do
+  for file in env start_service.sh provision/common.sh parse_job.py worker/job.py ground/messages.py ComfyUI/main.py; do
     [[ -f $COMFY_HOME/$file ]] \
       || problem "there is no $COMFY_HOME/$file, so no instance of the fleet could work: put it there, or correct COMFY_HOME in $HERE/env"
   done

@@ -1,19 +1,17 @@
 #!/usr/bin/env bash
 # The environment's bucket, and what comes into it from the base bucket.
 
+BUCKET_WAIT_SECONDS=${BUCKET_WAIT_SECONDS:-600} # for the name of a bucket that was deleted a moment ago
+
 BUCKET_STATE=""     # ensure_bucket: created, updated or already there
 OURS=yes CHANGED=no # whether the bucket is to be secured, and whether it was
 
 ensure_bucket() {
   local owner state="already there"
-  local -a location=()
   OURS=yes CHANGED=no
   owner=$(bucket_owner)
   if [[ $owner == gone ]]; then
-    # S3 refuses the name of its oldest region here.
-    [[ $REGION == us-east-1 ]] || location=(--create-bucket-configuration "LocationConstraint=$REGION")
-    change "create the bucket $S3_BUCKET; if another account has its name, change S3_BUCKET in $HERE/env" \
-      aws s3api create-bucket --bucket "$S3_BUCKET" "${location[@]}"
+    create_bucket
     state=created
   fi
   [[ $owner == "$ENV" ]] || claim_bucket "$owner"
@@ -23,6 +21,24 @@ ensure_bucket() {
   fi
   report bucket "$S3_BUCKET" "$state"
   BUCKET_STATE=$state
+}
+
+create_bucket() {
+  local answer deadline=$((SECONDS + BUCKET_WAIT_SECONDS)) said=no
+  local -a location=()
+  [[ $DRY_RUN == no ]] || return 0
+  # S3 refuses the name of its oldest region here.
+  [[ $REGION == us-east-1 ]] || location=(--create-bucket-configuration "LocationConstraint=$REGION")
+  until answer=$(aws s3api create-bucket --bucket "$S3_BUCKET" "${location[@]}" 2>&1); do
+    [[ $answer == *OperationAborted* ]] \
+      || die "cannot create the bucket $S3_BUCKET; if another account has its name, change S3_BUCKET in $HERE/env:$(one_line "$answer")"
+    ((SECONDS < deadline)) \
+      || die "AWS still keeps the name of the deleted bucket $S3_BUCKET after $BUCKET_WAIT_SECONDS seconds, which may take an hour: run this again later"
+    [[ $said == yes ]] || report bucket "$S3_BUCKET" "was deleted a moment ago: AWS frees its name within some minutes, waiting"
+    said=yes
+    sleep "$POLL_SECONDS"
+  done
+  made_now
 }
 
 # claim_bucket OWNER: the tag says that delete_env.sh may remove the bucket, so one that was made
@@ -77,27 +93,18 @@ secure_bucket() {
       --bucket "$S3_BUCKET" \
       --lifecycle-configuration "$document"
   fi
-  if bucket_lacks bucket-notification-configuration 'EventBridgeConfiguration != null'; then
-    # All notifications are replaced at once, so those that are there go with it.
-    # shellcheck disable=SC2016 # JMESPath's backticks
-    document=$(ask "look at the notifications of the bucket $S3_BUCKET" \
-      aws s3api get-bucket-notification-configuration --bucket "$S3_BUCKET" --output json \
-      --query 'merge(@, {EventBridgeConfiguration: `{}`})')
-    change "set the bucket-notification-configuration of the bucket $S3_BUCKET" \
-      aws s3api put-bucket-notification-configuration \
-      --bucket "$S3_BUCKET" \
-      --notification-configuration "$document"
-  fi
 }
 
 # bucket_lacks SETTING QUERY: QUERY finds nothing in it. Then it sets CHANGED.
 bucket_lacks() {
   local setting=$1 query=$2 answer
-  if ! answer=$(aws s3api "get-$setting" --bucket "$S3_BUCKET" --query "$query" --output text 2>&1); then
+  until answer=$(aws s3api "get-$setting" --bucket "$S3_BUCKET" --query "$query" --output text 2>&1); do
+    ! is_late "$answer" || continue
     [[ $answer == *NoSuch*Configuration* || $answer == *NoSuchBucketPolicy* || $answer == *NotFoundError* ]] \
       || die "cannot look at the $setting of the bucket $S3_BUCKET:$(one_line "$answer")"
     answer=None
-  fi
+    break
+  done
   [[ $answer == None || $answer == False ]] && CHANGED=yes
 }
 

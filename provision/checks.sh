@@ -112,11 +112,25 @@ check_quota() {
     warn "whether the account may run $count $type ($kind) is not checked: see Service Quotas, Amazon EC2"
     return
   fi
-  quota=$(try "look at the quota $code" aws service-quotas get-service-quota --service-code ec2 --quota-code "$code" \
-    --region "$REGION" --query Quota.Value --output text) || return 0
+  if ! quota=$(aws service-quotas get-service-quota --service-code ec2 --quota-code "$code" \
+    --region "$REGION" --query Quota.Value --output text 2>&1); then
+    warn "whether the account may run $count $type ($kind) is not checked, see Service Quotas, Amazon EC2:$(one_line "$quota")"
+    return
+  fi
+  quota=${quota##*$'\n'} # the last line, in case the CLI had a warning
   quota=${quota%.*}
   ((count * vcpus <= quota)) \
     || warn "MAX_INSTANCES is $MAX_INSTANCES, but the account may run only $((quota / vcpus)) $type ($kind) at a time, because its quota is $quota vCPUs: aws service-quotas request-service-quota-increase --region $REGION --service-code ec2 --quota-code $code --desired-value $((count * vcpus))"
+}
+
+# check_cli: that the AWS CLI knows what a setting asks for. It refuses what is newer than itself.
+check_cli() {
+  local skeleton version
+  [[ -n $VOLUME_INIT_RATE ]] || return 0
+  skeleton=$(aws ec2 create-launch-template --generate-cli-skeleton input) || return 0
+  [[ $skeleton != *VolumeInitializationRate* ]] || return 0
+  version=$(aws --version)
+  problem "VOLUME_INIT_RATE is $VOLUME_INIT_RATE, which this AWS CLI does not know ($version): install a newer one, or take the setting out of $HERE/env"
 }
 
 # check_topic: a topic that does not exist would be told nothing, and nobody would know. Who may not look

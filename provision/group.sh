@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# The Auto Scaling group, with its hook and its warm pool.
+# The Auto Scaling group, with its hooks and its warm pool.
 
-# The worker (parse_job.py) answers to the hook by this name.
+# The worker (worker/lifecycle.py) answers to the hooks by these names.
 LIFECYCLE_HOOK=comfy-terminating
 LIFECYCLE_SECONDS=300
+LAUNCHING_HOOK=comfy-launching
+LAUNCHING_SECONDS=900                             # until the worker runs, which then asks for more
 PROFILE_WAIT_SECONDS=${PROFILE_WAIT_SECONDS:-120} # until AWS knows a new instance profile
 
 INSTANCES=""        # ensure_group: the capacity that the group is to have now
@@ -19,17 +21,28 @@ ensure_group() {
   if [[ ${GROUP[min]} == None ]]; then
     create_group
     INSTANCES=$MIN_INSTANCES GROUP_STATE=created GROUP[version]=$VERSION
+    [[ $WARM_POOL == 0 || $DRY_RUN == yes ]] || ensure_hooks
   elif [[ ${GROUP[status]} == Delete* ]]; then
     die "the group $ASG_NAME is being deleted: wait until ./delete_env.sh $ENV has ended, then run this again"
   else
     change_group
-    ensure_hook
+    ensure_hooks
   fi
   # The worker of an instance with an older version leaves when it has no job. After the template, so that no instance
   # ever looks older than what would replace it.
   if [[ ${GROUP[version]} != "$VERSION" ]]; then
     change_part "set the version of the group $ASG_NAME" aws autoscaling create-or-update-tags --tags \
       "ResourceId=$ASG_NAME,ResourceType=auto-scaling-group,Key=comfy-version,Value=$VERSION,PropagateAtLaunch=false"
+  fi
+  # Instances that did not come to work have stopped it (boot/giving_up.sh). They are counted anew.
+  if [[ ${GROUP[failed]} != None ]]; then
+    change_part "forget what failed in the group $ASG_NAME" aws autoscaling delete-tags --tags \
+      "ResourceId=$ASG_NAME,ResourceType=auto-scaling-group,Key=comfy-failed-boots"
+    if [[ ${GROUP[stopped]} != None ]]; then
+      change_part "let the group $ASG_NAME launch again" aws autoscaling resume-processes \
+        --auto-scaling-group-name "$ASG_NAME" \
+        --scaling-processes Launch
+    fi
   fi
   # Rebalancing zones would end a busy instance to start another elsewhere.
   if [[ ${GROUP[suspended]} == None ]]; then
@@ -56,7 +69,7 @@ change_part() {
 
 look_at_group() {
   local answer i
-  local -a names=(min max wanted subnets launches protected suspended metric pool version status) found
+  local -a names=(min max wanted subnets launches protected suspended metric pool version status stopped failed) found
   answer=$(ask "look at the group $ASG_NAME" aws autoscaling describe-auto-scaling-groups \
     --auto-scaling-group-names "$ASG_NAME" \
     --query "AutoScalingGroups[0].[MinSize, MaxSize, DesiredCapacity, VPCZoneIdentifier || 'None',
@@ -70,7 +83,8 @@ look_at_group() {
       EnabledMetrics[?Metric=='GroupDesiredCapacity'].Metric | [0],
       WarmPoolConfiguration && WarmPoolConfiguration.join(' ', [to_string(MinSize),
         to_string(MaxGroupPreparedCapacity), PoolState, not_null(Status, 'Kept')]),
-      Tags[?Key=='comfy-version'].Value | [0], Status]" \
+      Tags[?Key=='comfy-version'].Value | [0], Status,
+      SuspendedProcesses[?ProcessName=='Launch'].ProcessName | [0], Tags[?Key=='comfy-failed-boots'].Value | [0]]" \
     --output text)
   IFS=$'\t' read -r -a found <<<"$answer"
   for i in "${!names[@]}"; do
@@ -152,20 +166,37 @@ create_group() {
   done
 }
 
+# ensure_hooks: the launching hook is for groups with a warm pool only: without it AWS stops an instance of the pool as
+# soon as it runs, in the middle of its first boot, which is not done again. The worker completes it when ComfyUI answers.
+ensure_hooks() {
+  ensure_hook "$LIFECYCLE_HOOK" TERMINATING "$LIFECYCLE_SECONDS"
+  if ((WARM_POOL > 0)); then
+    ensure_hook "$LAUNCHING_HOOK" LAUNCHING "$LAUNCHING_SECONDS"
+  elif [[ $(hook_of "$LAUNCHING_HOOK") != "" ]]; then
+    change_part "remove the launching hook of $ASG_NAME" aws autoscaling delete-lifecycle-hook \
+      --auto-scaling-group-name "$ASG_NAME" \
+      --lifecycle-hook-name "$LAUNCHING_HOOK"
+  fi
+}
+
+# ensure_hook NAME TRANSITION SECONDS
 ensure_hook() {
-  local answer
-  answer=$(ask "look at the lifecycle hook of $ASG_NAME" aws autoscaling describe-lifecycle-hooks \
+  [[ $(hook_of "$1") != "autoscaling:EC2_INSTANCE_$2 $3 CONTINUE" ]] || return 0
+  change_part "set the lifecycle hook $1 of $ASG_NAME" aws autoscaling put-lifecycle-hook \
     --auto-scaling-group-name "$ASG_NAME" \
-    --lifecycle-hook-names "$LIFECYCLE_HOOK" \
-    --query "LifecycleHooks[].join(' ', [LifecycleTransition, to_string(HeartbeatTimeout), DefaultResult])" \
-    --output text)
-  [[ $answer != "autoscaling:EC2_INSTANCE_TERMINATING $LIFECYCLE_SECONDS CONTINUE" ]] || return 0
-  change_part "set the lifecycle hook of $ASG_NAME" aws autoscaling put-lifecycle-hook \
-    --auto-scaling-group-name "$ASG_NAME" \
-    --lifecycle-hook-name "$LIFECYCLE_HOOK" \
-    --lifecycle-transition autoscaling:EC2_INSTANCE_TERMINATING \
-    --heartbeat-timeout "$LIFECYCLE_SECONDS" \
+    --lifecycle-hook-name "$1" \
+    --lifecycle-transition "autoscaling:EC2_INSTANCE_$2" \
+    --heartbeat-timeout "$3" \
     --default-result CONTINUE
+}
+
+# hook_of NAME: prints what it is like; nothing where there is none.
+hook_of() {
+  ask "look at the lifecycle hook $1 of $ASG_NAME" aws autoscaling describe-lifecycle-hooks \
+    --auto-scaling-group-name "$ASG_NAME" \
+    --lifecycle-hook-names "$1" \
+    --query "LifecycleHooks[].join(' ', [LifecycleTransition, to_string(HeartbeatTimeout), DefaultResult])" \
+    --output text
 }
 
 # ensure_pool POOL: POOL is how ensure_group has found it.

@@ -100,6 +100,7 @@ make_image() {
       "${mappings[@]}" \
       --tag-specifications "ResourceType=image,Tags=[$mark$tags]" "ResourceType=snapshot,Tags=[$tags]" \
       --query ImageId --output text)
+    made_now
   fi
   IMAGES+=("$IMAGE")
   STATE_OF[$IMAGE]=pending SNAPSHOTS_OF[$IMAGE]="" MARK_OF[$IMAGE]=None
@@ -137,12 +138,14 @@ wait_for_image() {
   [[ $IMAGE_STATE == available ]] || die "the image $IMAGE is $IMAGE_STATE: run this again to make another"
 }
 
-# look_at_image: sets IMAGE_STATE, and what is known of IMAGE.
+# look_at_image: sets IMAGE_STATE, and what is known of IMAGE. By a filter, because one that was begun a moment ago may
+# not be known yet, which would be an error otherwise.
 look_at_image() {
   local answer
-  answer=$(ask "look at the image $IMAGE" aws ec2 describe-images --image-ids "$IMAGE" \
+  answer=$(ask "look at the image $IMAGE" aws ec2 describe-images --filters "Name=image-id,Values=$IMAGE" \
     --query "Images[0].[State, join(' ', (BlockDeviceMappings || \`[]\`)[?Ebs.SnapshotId].Ebs.SnapshotId)]" --output text)
   IFS=$'\t' read -r IMAGE_STATE "SNAPSHOTS_OF[$IMAGE]" <<<"$answer"
+  if [[ $IMAGE_STATE == None ]] && ((SECONDS < FRESH_UNTIL)); then IMAGE_STATE=pending; fi
   STATE_OF[$IMAGE]=$IMAGE_STATE
 }
 
@@ -197,30 +200,41 @@ remove_snapshots() {
     --query 'sort(Snapshots[].SnapshotId)' --output text)
   for id in $answer; do
     [[ $kept != *" $id "* ]] || continue
-    if [[ $DRY_RUN == yes ]] || aws ec2 delete-snapshot --snapshot-id "$id"; then
+    if [[ $DRY_RUN == yes ]] || answer=$(delete_snapshot "$id"); then
       report snapshot "$id" removed
     else
-      warn "the snapshot $id cannot be removed, see AWS's words above: is it part of another image?"
+      warn "the snapshot $id cannot be removed; is it part of another image?$(one_line "$answer")"
     fi
   done
 }
 
 # store_object_info: what the base's ComfyUI has installed, its image has: send_job.py checks workflows against
-# that before the first instance, which keeps it up to date, has been there. Nothing depends on it.
+# that before the first instance, which keeps it up to date, has been there, and the editor opens with it. Nothing
+# else depends on it.
 store_object_info() {
-  local key=output/object_info.json.gz file digest
+  local key=output/object_info.json.gz file stats digest
   [[ $IMAGE_MADE == yes && $COMFYUI_ANSWERS == yes ]] || return 0
-  file=$(mktemp)
+  file=$(mktemp) stats=$(mktemp)
   if digest=$(python3 -c '
-import gzip, hashlib, json, sys, urllib.request
-text = json.dumps(json.load(urllib.request.urlopen(sys.argv[1], timeout=60)), sort_keys=True).encode()
+import gzip, hashlib, json, sys, urllib.error, urllib.request
+def ask(path):
+    return json.load(urllib.request.urlopen(sys.argv[1] + path, timeout=60))
+try:
+    replaced = ask("/node_replacements")
+except urllib.error.HTTPError:  # before ComfyUI 0.14
+    replaced = {}
+nodes = {name: {"replaced_by": by} for name, by in replaced.items()} | ask("/object_info")
+text = json.dumps(nodes, sort_keys=True).encode()
 open(sys.argv[2], "wb").write(gzip.compress(text))
-print(hashlib.sha256(text).hexdigest())' "http://${COMFY_ADDRESS:-127.0.0.1:8188}/object_info" "$file" 2>/dev/null) \
+open(sys.argv[3], "w").write(json.dumps(ask("/system_stats")))
+print(hashlib.sha256(text).hexdigest())' "http://${COMFY_ADDRESS:-127.0.0.1:8188}" "$file" "$stats" 2>/dev/null) \
     && { [[ $DRY_RUN == yes ]] || aws s3api put-object --bucket "$S3_BUCKET" --key "$key" --body "$file" \
-      --content-type application/gzip --metadata "sha256=$digest" >/dev/null; }; then
+      --content-type application/gzip --metadata "sha256=$digest" >/dev/null; } \
+    && { [[ $DRY_RUN == yes ]] || aws s3api put-object --bucket "$S3_BUCKET" --key input/jobs/serve/system_stats \
+      --body "$stats" --content-type application/json >/dev/null; }; then
     report nodes "s3://$S3_BUCKET/$key" updated
   else
     warn "what ComfyUI has installed is not stored, so workflows are checked only once an instance has been there"
   fi
-  rm -f "$file"
+  rm -f "$file" "$stats"
 }

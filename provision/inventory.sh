@@ -3,17 +3,32 @@
 
 KINDS=(alarm dashboard group instance queue template image snapshot volume profile role bucket)
 
+SEES_TAGS=yes # see_tags: no where AWS lets this caller not look
+
+# see_tags: whether the tagging API may be asked, which is in none of the FullAccess policies of the services themselves.
+see_tags() {
+  local answer
+  answer=$(find_tagged 2>&1) && return
+  [[ $answer == *AccessDenied* ]] || die "cannot find what is tagged as $ENV:$(one_line "$answer")"
+  SEES_TAGS=no
+  warn "tag:GetResources is not allowed: what is tagged as $ENV but has another name than the settings say is not found, if it is an alarm, a queue or a bucket"
+}
+
+# find_tagged: the ARNs of what has our tags. Buckets are in all answers, alarms and queues of this region.
+find_tagged() {
+  [[ $SEES_TAGS == yes ]] || return 0
+  aws resourcegroupstaggingapi get-resources \
+    --tag-filters "Key=comfy-env,Values=$ENV" "Key=comfy-prefix,Values=$PREFIX" \
+    --resource-type-filters cloudwatch:alarm sqs:queue s3 \
+    --query 'ResourceTagMappingList[].ResourceARN' --output text
+}
+
 # look: prints KIND, NAME and OWNER of every piece that is there, tab-separated. OWNER is the
 # environment in its comfy-env tag, or None. What is the base machine's by its name is its own whatever
 # its tags say.
 look() {
   local tagged
-  # By tag, because the settings may have other names now. Buckets are in all answers, alarms and queues
-  # of this region.
-  tagged=$(ask "find what is tagged as $ENV" aws resourcegroupstaggingapi get-resources \
-    --tag-filters "Key=comfy-env,Values=$ENV" "Key=comfy-prefix,Values=$PREFIX" \
-    --resource-type-filters cloudwatch:alarm sqs:queue s3 \
-    --query 'ResourceTagMappingList[].ResourceARN' --output text) || exit
+  tagged=$(ask "find what is tagged as $ENV" find_tagged) || exit # the settings may have other names now
   {
     look_at_alarms "$tagged" || exit
     look_at_dashboard || exit

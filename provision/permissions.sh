@@ -64,6 +64,7 @@ ensure_profile() {
       --description "comfy-on-ec2: the instances of the environment $ENV in $REGION" \
       --assume-role-policy-document "$trust" \
       --tags "${OUR_TAGS[@]}" "Key=Name,Value=$WORKER_ROLE"
+    made_now
     state=created
   elif [[ $path != "$WORKER_PATH" ]]; then
     die "the role $WORKER_ROLE is not this environment's (its path is $path, not $WORKER_PATH): write another ASG_NAME in $HERE/env, such as one with \${REGION}, or name an instance profile in INSTANCE_PROFILE"
@@ -83,6 +84,7 @@ ensure_profile() {
       --instance-profile-name "$WORKER_ROLE" \
       --path "$WORKER_PATH" \
       --tags "${OUR_TAGS[@]}" "Key=Name,Value=$WORKER_ROLE"
+    made_now
   fi
   if [[ $found != *" $WORKER_ROLE" ]]; then
     change "put the role into the instance profile $WORKER_ROLE" aws iam add-role-to-instance-profile \

@@ -77,6 +77,7 @@ create_queue() {
   [[ $DRY_RUN == no ]] || return 0
   until answer=$(aws sqs create-queue --queue-name "$name" --attributes "$attributes" \
     --tags "comfy-env=$ENV,comfy-prefix=$PREFIX,Name=$name" 2>&1); do
+    ! is_late "$answer" || continue
     [[ $answer == *QueueDeletedRecently* ]] || die "cannot create the queue $name:$(one_line "$answer")"
     ((SECONDS < deadline)) \
       || die "AWS still keeps the name of the deleted queue $name after $QUEUE_WAIT_SECONDS seconds: run this again in a minute"
@@ -84,4 +85,5 @@ create_queue() {
     said=yes
     sleep "$POLL_SECONDS"
   done
+  made_now
 }

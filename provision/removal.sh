@@ -39,7 +39,7 @@ remove() {
     instance) aws ec2 terminate-instances --instance-ids "$2" >/dev/null && printf 'ending' ;;
     template) aws ec2 delete-launch-template --launch-template-name "$2" >/dev/null ;;
     image) aws ec2 deregister-image --image-id "$2" >/dev/null ;;
-    snapshot) aws ec2 delete-snapshot --snapshot-id "$2" >/dev/null ;;
+    snapshot) delete_snapshot "$2" ;;
     volume) aws ec2 delete-volume --volume-id "$2" ;;
     group | queue | profile | role | bucket) "remove_$1" "$2" ;;
   esac

@@ -10,7 +10,7 @@ summarise() {
   ((WARM_POOL == 0)) \
     || printf 'A warm pool keeps %s stopped and ready, of which the disks are paid for.\n' "$(instances "$WARM_POOL")"
   if ((MIN_INSTANCES == 0)); then
-    size=$(ask "look at the image $IMAGE" aws ec2 describe-images --image-ids "$IMAGE" \
+    size=$(ask "look at the image $IMAGE" aws ec2 describe-images --filters "Name=image-id,Values=$IMAGE" \
       --query "sum((Images[0].BlockDeviceMappings || \`[]\`)[?Ebs.VolumeSize].Ebs.VolumeSize)" --output text)
     printf 'Idle, it costs no instance: only the storage of its files and its image (%s GB at most), and one to four USD a month for its alarms and dashboard.\n' \
       "${size%.*}"
@@ -20,6 +20,7 @@ summarise() {
   [[ $IMAGE_STATE != pending ]] \
     || printf 'The image goes on by itself; jobs can be sent now and are run once it is available.\n'
   [[ $TRIGGER != yes ]] || printf 'A workflow that is dropped into s3://%s/input/jobs/ runs.\n' "$S3_BUCKET"
+  [[ $EVENTS != yes ]] || printf 'EventBridge hears of each result.json in s3://%s, for rules of yours.\n' "$S3_BUCKET"
   show_links
   printf 'Next: ./send_job.py --env %s\n' "$ENV"
 }

@@ -1,28 +1,34 @@
 #!/usr/bin/env bash
-# The S3 trigger: a workflow that is dropped into the bucket's input/jobs/ runs.
+# The bucket's events: a workflow that is dropped into its input/jobs/ runs (the S3 trigger), and EventBridge hears of
+# all that comes into it, each job's result.json among it.
 
 TRIGGER_ID=comfy-jobs # the bucket's event configuration that is ours
 
 TRIGGER=""       # look_at_trigger: yes or no as somebody wants it, empty where nobody does and there is none
 TRIGGER_FOUND="" # look_at_trigger: what it is now, or None
+EVENTS=""        # look_at_trigger: yes or no as somebody wants it, empty where nobody says and EventBridge hears nothing
+EVENTS_FOUND=""  # look_at_trigger: True where EventBridge hears of the bucket's events, else False
+EVENTS_PUT=no    # put_events: whether it has set both
 
-# look_at_trigger ASKED: yes, no or empty. Where nobody has asked and there is one it stays, so that it need not be
-# asked for each time.
+# look_at_trigger ASKED EVENTS: each yes, no or empty. Where nobody has asked and there is one it stays, so that it need
+# not be asked for each time.
 look_at_trigger() {
   local answer
-  TRIGGER=$1
+  TRIGGER=$1 EVENTS=${2:-}
   if answer=$(aws s3api get-bucket-notification-configuration --bucket "$S3_BUCKET" \
     --expected-bucket-owner "$ACCOUNT_ID" \
-    --query "QueueConfigurations[?Id=='$TRIGGER_ID'].join(' ', [QueueArn, join(' ', Events),
-      join(' ', sort(not_null(Filter.Key.FilterRules[].Value, \`[]\`)))]) | [0]" \
+    --query "[QueueConfigurations[?Id=='$TRIGGER_ID'].join(' ', [QueueArn, join(' ', Events),
+      join(' ', sort(not_null(Filter.Key.FilterRules[].Value, \`[]\`)))]) | [0], EventBridgeConfiguration != null]" \
     --output text 2>&1); then
-    TRIGGER_FOUND=${answer##*$'\n'} # the last line, in case the CLI had a warning
+    answer=${answer##*$'\n'} # the last line, in case the CLI had a warning
+    TRIGGER_FOUND=${answer%%$'\t'*} EVENTS_FOUND=${answer##*$'\t'}
   elif [[ $answer == *NoSuchBucket* ]]; then
-    TRIGGER_FOUND=None
+    TRIGGER_FOUND=None EVENTS_FOUND=False
   else
     die "cannot look at the events of the bucket $S3_BUCKET:$(one_line "$answer")"
   fi
   [[ -n $TRIGGER || $TRIGGER_FOUND == None ]] || TRIGGER=yes
+  [[ -n $EVENTS || $EVENTS_FOUND == False ]] || EVENTS=yes
 }
 
 # ensure_trigger: adds it or takes it away, once queue and bucket are there.
@@ -56,6 +62,19 @@ ensure_trigger() {
   report trigger "s3://$S3_BUCKET/input/jobs/" "$state"
 }
 
+# ensure_events: EventBridge hears of what comes into the bucket, or does so no more. Who listens is no business of ours.
+ensure_events() {
+  local state="already there"
+  case $EVENTS/$EVENTS_FOUND in
+    yes/False) state=created ;;
+    no/True) state=removed ;;
+  esac
+  [[ -n $EVENTS ]] || return 0
+  # Once, because S3 sends the trigger's queue a test message each time, which may start an instance.
+  [[ $state == "already there" || $DRY_RUN == yes || $EVENTS_PUT == yes ]] || put_events
+  report events "s3://$S3_BUCKET to EventBridge" "$state"
+}
+
 # set_trigger_policy URL FOUND OURS: the queue's policy is FOUND (None: it has none) with the statements of the policy
 # OURS in place of an earlier one of ours; what others have put there stays.
 set_trigger_policy() {
@@ -72,18 +91,18 @@ print(json.dumps({"Policy": policy}))' "$2" "$3")
     --attributes "$attributes"
 }
 
-# put_events: AWS replaces the whole configuration, so the new one holds what others have put there, and
-# EventBridge, which costs nothing until somebody makes a rule there. S3 tries the queue, whose new policy may count
-# only after a minute.
+# put_events: AWS replaces the whole configuration, so the new one holds what others have put there, and both of ours.
+# S3 tries the queue, whose new policy may count only after a minute.
 put_events() {
-  local ours="" events answer deadline=$((SECONDS + QUEUE_WAIT_SECONDS)) said=no
-  [[ $TRIGGER == no ]] || ours=$(fill bucket/event.json)
+  local ours="" bridge="" events answer deadline=$((SECONDS + QUEUE_WAIT_SECONDS)) said=no
+  [[ $TRIGGER != yes ]] || ours=$(fill bucket/event.json)
+  # shellcheck disable=SC2016 # JMESPath's backticks
+  [[ $EVENTS != yes ]] || bridge=', EventBridgeConfiguration: `{}`'
   events=$(ask "look at the events of the bucket $S3_BUCKET" aws s3api get-bucket-notification-configuration \
     --bucket "$S3_BUCKET" \
     --query "{TopicConfigurations: not_null(TopicConfigurations, \`[]\`),
       LambdaFunctionConfigurations: not_null(LambdaFunctionConfigurations, \`[]\`),
-      QueueConfigurations: [QueueConfigurations[?Id!='$TRIGGER_ID'], \`[$ours]\`][],
-      EventBridgeConfiguration: \`{}\`}" \
+      QueueConfigurations: [QueueConfigurations[?Id!='$TRIGGER_ID'], \`[$ours]\`][]$bridge}" \
     --output json)
   until answer=$(aws s3api put-bucket-notification-configuration --bucket "$S3_BUCKET" \
     --notification-configuration "$events" 2>&1); do
@@ -93,4 +112,5 @@ put_events() {
     said=yes
     sleep "$POLL_SECONDS"
   done
+  EVENTS_PUT=yes
 }

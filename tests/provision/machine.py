@@ -7,21 +7,28 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from http.server import ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import boto3
 import pytest
-from places import CLOUD, copy_scripts
+from aws_cli_server import AWS_CLI_SOCKET
+from local_cloud import metadata_handler
+from places import CLOUD, ROOT, copy_scripts
 
 PATIENCE_SECONDS = 30.0
 
 INSTANCE_STORE = "Amazon EC2 NVMe Instance Storage"
 
 CLOSED = "http://127.0.0.1:9"
+
+INSTANCE_ID = "i-0123456789abcdef0"
 
 ENV_FILE = """\
 ENV=base
@@ -205,6 +212,24 @@ def machine(tmp_path: Path) -> Machine:
     return Machine(tmp_path)
 
 
+@pytest.fixture
+def metadata(machine: Machine) -> Iterator[dict[str, str]]:
+    """What EC2 says of the machine, a fleet instance whose user data has run."""
+    user_data = (ROOT / "provision/templates/launch-template/user-data.sh").read_text()
+    said = {
+        "instance-id": INSTANCE_ID,
+        "placement/region": "us-west-2",
+        "autoscaling/target-lifecycle-state": "InService",
+        "user-data": user_data,
+    }
+    ec2 = SimpleNamespace(instance_id=INSTANCE_ID, metadata=said)
+    with ThreadingHTTPServer(("127.0.0.1", 0), metadata_handler(ec2)) as server:  # type: ignore[arg-type]
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        machine.environ["AWS_EC2_METADATA_SERVICE_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
+        yield said
+        server.shutdown()
+
+
 def boot_report(machine: Machine) -> dict[str, Any]:
     report: dict[str, Any] = json.loads((machine.home / "logs/boot.json").read_text())
     return report
@@ -246,7 +271,7 @@ class Bucket:
 def bucket(s3_server: str, machine: Machine) -> Bucket:
     """A bucket with two models in it, which the machine reaches by the real tools."""
     (machine.stubs / "aws").unlink()
-    machine.environ |= {"AWS_ENDPOINT_URL": s3_server}
+    machine.environ |= {"AWS_ENDPOINT_URL": s3_server, AWS_CLI_SOCKET: os.environ[AWS_CLI_SOCKET]}
     made = Bucket(s3_server, f"bucket-{uuid.uuid4()}")
     made.put("models/checkpoints/a.safetensors", "one")
     made.put("models/loras/b c.safetensors", "two")

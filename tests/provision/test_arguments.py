@@ -35,6 +35,11 @@ def with_base_bucket(aws: Aws) -> None:
         (["pro", "--move-data"], "--move-data belongs to ./create_env.sh base"),
         (["pro", "--rebake", "--rollback"], "--rebake and --rollback are opposites: give one of them"),
         (["pro", "--keep"], "--keep is followed by the number of images to keep, 0 to 999, not by ''"),
+        (
+            ["pro", "--subnets", "a,b"],
+            "--subnets is followed by subnets with commas between them, or by auto, not by 'a,b'",
+        ),
+        (["base", "--subnets", "auto"], "--subnets is not for base"),
         (["pro", "--fast"], "the option '--fast' is not known: see --help"),
         (["pro", NO_INSTANCE, "more"], "the argument 'more' is one too many"),
         (["pro", "web-1"], "'web-1' is not an instance id: it looks like i-"),

@@ -66,6 +66,7 @@ def test_base_gets_a_bucket_and_queues(bundle: Bundle, aws: Aws) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.sampled("stories", 3)
 def test_data_is_moved_to_the_bucket_by_any_number_of_runs_that_are_killed(
     bundle: Bundle, aws: Aws, comfy_home: Path, sample: Sample
 ) -> None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
-from aws_fixtures import Aws, Bundle
-from environment_pro import (
-    NO_INSTANCE,
-)
+from aws_fixtures import Aws, Bundle, tags_of
+from environment_pro import GROUP, NO_INSTANCE, refused
+from local_cloud import REGION
+from local_network import open_a_way_out
 
 
 def test_on_the_base_machine_its_folder_and_comfyui_are_looked_at(bundle: Bundle) -> None:
@@ -75,31 +76,199 @@ def test_on_the_base_machine_the_id_comes_from_the_metadata_service(bundle: Bund
     assert not (bundle.folder / "__pycache__").exists()
 
 
-def chosen_subnets(bundle: Bundle, vpc: str) -> tuple[set[str], str]:
-    ran = bundle.run_function(f'VPC={vpc}; choose_subnets; echo "$SUBNETS|$SUBNETS_ARE"', "network")
-    subnets, _, are = ran.stdout.strip().partition("|")
-    return set(subnets.split(",")), are
+ZONES = {"pub": "us-west-2c", "a": "us-west-2a", "b": "us-west-2b"}
+NO_WAY = "the private subnets {both} have no way to AWS, so no instance could take a job"
 
 
-def test_a_subnet_is_private_by_its_route_table(bundle: Bundle, aws: Aws) -> None:
-    base = aws.make_base(files=False)
-    ec2 = aws.client("ec2")
-    # Now the main table leads to the internet, and only what has a table of its own without such a route is private.
-    main = ec2.describe_route_tables(
-        Filters=[{"Name": "vpc-id", "Values": [base.vpc]}, {"Name": "association.main", "Values": ["true"]}]
-    )["RouteTables"][0]["RouteTableId"]
-    gateway = ec2.create_internet_gateway()["InternetGateway"]["InternetGatewayId"]
-    ec2.create_route(RouteTableId=main, DestinationCidrBlock="0.0.0.0/0", GatewayId=gateway)
-    own = ec2.create_route_table(VpcId=base.vpc)["RouteTable"]["RouteTableId"]
-    ec2.associate_route_table(RouteTableId=own, SubnetId=base.private[1])
-    assert chosen_subnets(bundle, base.vpc) == ({base.private[1]}, "private")
+class Network:
+    """A VPC with a public subnet and two private ones, none of which leads anywhere yet."""
+
+    def __init__(self, aws: Aws) -> None:
+        self.aws, self.ec2 = aws, aws.client("ec2")
+        self.vpc = self.ec2.create_vpc(CidrBlock="10.0.0.0/16")["Vpc"]["VpcId"]
+        (self.main,) = aws.tables(self.vpc)
+        self.subnets: dict[str, str] = {}
+        for number, (name, zone) in enumerate(ZONES.items()):
+            made = self.ec2.create_subnet(VpcId=self.vpc, CidrBlock=f"10.0.{number}.0/24", AvailabilityZone=zone)
+            self.subnets[name] = made["Subnet"]["SubnetId"]
+        aws.open_to_internet(self.vpc, self.subnets["pub"])
+
+    def table(self, subnet: str) -> str:
+        """A route table of its own for the subnet."""
+        table = self.ec2.create_route_table(VpcId=self.vpc)["RouteTable"]["RouteTableId"]
+        self.ec2.associate_route_table(RouteTableId=table, SubnetId=self.subnets[subnet])
+        return str(table)
+
+    def route(self, table: str, to: str = "0.0.0.0/0", **target: str) -> None:
+        self.ec2.create_route(RouteTableId=table, DestinationCidrBlock=to, **target)
+
+    def nat(self, table: str) -> str:
+        return open_a_way_out(self.ec2, self.subnets["pub"], table)
+
+    def transit(self) -> str:
+        return str(self.ec2.create_transit_gateway()["TransitGateway"]["TransitGatewayId"])
+
+    def instance(self) -> str:
+        """A NAT instance."""
+        image = self.ec2.register_image(Name="nat")["ImageId"]
+        started = self.ec2.run_instances(ImageId=image, MinCount=1, MaxCount=1, SubnetId=self.subnets["pub"])
+        return str(started["Instances"][0]["InstanceId"])
+
+    def peering(self) -> str:
+        other = self.ec2.create_vpc(CidrBlock="10.9.0.0/16")["Vpc"]["VpcId"]
+        made = self.ec2.create_vpc_peering_connection(VpcId=self.vpc, PeerVpcId=other)
+        return str(made["VpcPeeringConnection"]["VpcPeeringConnectionId"])
+
+    def firewall(self) -> str:
+        """Its endpoint, as AWS Network Firewall makes one."""
+        made = self.ec2.create_vpc_endpoint(
+            VpcId=self.vpc,
+            VpcEndpointType="GatewayLoadBalancer",
+            ServiceName=f"com.amazonaws.vpce.{REGION}.vpce-svc-1",
+        )
+        return str(made["VpcEndpoint"]["VpcEndpointId"])
+
+    def only_ipv6(self) -> None:
+        gateway = self.ec2.create_egress_only_internet_gateway(VpcId=self.vpc)["EgressOnlyInternetGateway"]
+        self.ec2.create_route(
+            RouteTableId=self.main,
+            DestinationIpv6CidrBlock="::/0",
+            EgressOnlyInternetGatewayId=gateway["EgressOnlyInternetGatewayId"],
+        )
+
+    def endpoints(self, *services: str, s3: str = "") -> None:
+        for service in services:
+            self.aws.make_endpoint(self.vpc, service)
+        self.aws.make_endpoint(self.vpc, "s3", [s3 or self.main])
+
+    def public(self, *names: str) -> None:
+        for name in names:
+            self.aws.open_to_internet(self.vpc, self.subnets[name])
+
+    def give_no_addresses(self, name: str) -> None:
+        self.ec2.modify_subnet_attribute(SubnetId=self.subnets[name], MapPublicIpOnLaunch={"Value": False})
 
 
-def test_without_a_private_subnet_all_are_used(bundle: Bundle, aws: Aws) -> None:
-    base = aws.make_base(files=False)
-    for subnet in base.private:
-        aws.open_to_internet(base.vpc, subnet)
-    assert chosen_subnets(bundle, base.vpc) == (
-        {base.public, *base.private},
-        "no subnet is private, so all are used",
+def a_nat_gateway_that_is_gone(net: Network) -> None:
+    net.ec2.delete_nat_gateway(NatGatewayId=net.nat(net.main))
+
+
+def a_nat_instance_that_has_ended(net: Network) -> None:
+    instance = net.instance()
+    net.route(net.main, InstanceId=instance)
+    net.ec2.terminate_instances(InstanceIds=[instance])
+
+
+def all_public_but_one_without_addresses(net: Network) -> None:
+    net.public("a", "b")
+    net.give_no_addresses("b")
+
+
+def all_public_without_addresses(net: Network) -> None:
+    net.public("a", "b")
+    for name in ZONES:
+        net.give_no_addresses(name)
+
+
+WAYS: list[tuple[Callable[[Network], object], str, str]] = [
+    (lambda net: net.nat(net.main), "a b", "private"),
+    (lambda net: net.nat(net.table("a")), "a", "private; no way to AWS from {b}"),
+    (lambda net: net.route(net.main, TransitGatewayId=net.transit()), "a b", "private"),
+    (lambda net: net.route(net.main, InstanceId=net.instance()), "a b", "private"),
+    (lambda net: net.route(net.main, VpcEndpointId=net.firewall()), "a b", "private"),
+    (lambda net: net.endpoints("sqs", "autoscaling", "monitoring"), "a b", "private"),
+    (lambda net: net.endpoints("sqs", "autoscaling", "monitoring", s3=net.table("b")), "b", "private; no way to AWS from {a}"),
+    (lambda net: net.public("a", "b"), "pub a b", "no subnet is private, so all that give out public addresses are used"),
+    (all_public_but_one_without_addresses, "pub a", "no subnet is private, so all that give out public addresses are used"),
+    # What leads nowhere. A peered VPC lets nobody through; IPv6 does not reach the APIs' IPv4 addresses.
+    (lambda _: None, "", NO_WAY),
+    (a_nat_gateway_that_is_gone, "", NO_WAY),
+    (a_nat_instance_that_has_ended, "", NO_WAY),
+    (lambda net: net.route(net.main, VpcPeeringConnectionId=net.peering()), "", NO_WAY),
+    (lambda net: net.route(net.main, "192.168.0.0/16", TransitGatewayId=net.transit()), "", NO_WAY),
+    (lambda net: net.only_ipv6(), "", NO_WAY),
+    (lambda net: net.endpoints("sqs"), "", "of endpoints is missing: autoscaling (interface, with private DNS)"),
+    (lambda net: net.aws.make_endpoint(net.vpc, "sqs"), "", "autoscaling (interface, with private DNS), s3 (gateway, in rtb-"),
+    (all_public_without_addresses, "", "no subnet of {vpc} is private, and {all} give out no public addresses"),
+]  # fmt: skip
+
+
+def test_the_fleet_has_the_subnets_with_a_way_out(bundle: Bundle, aws: Aws) -> None:
+    networks = [Network(aws) for _ in WAYS]
+    for network, (make, _, _) in zip(networks, WAYS, strict=True):
+        make(network)
+    shell = (
+        f"for VPC in {' '.join(network.vpc for network in networks)}; do "
+        'PROBLEMS=(); choose_subnets; echo "$SUBNETS|$ZONES|$SUBNETS_ARE|${PROBLEMS[*]}"; done'
+    )
+    ran = bundle.run_function(shell, "network")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    found = ran.stdout.splitlines()
+    for network, (_, chosen, words), line in zip(networks, WAYS, found, strict=True):
+        subnets, zones, are, problems = line.split("|")
+        names, private = network.subnets, sorted(network.subnets[name] for name in "ab")
+        said = words.format(**names, vpc=network.vpc, both=" ".join(private), all=" ".join(sorted(names.values())))
+        if chosen:
+            wanted = {network.subnets[name] for name in chosen.split()}
+            in_zones = sorted(ZONES[name] for name in chosen.split())
+            assert (set(subnets.split(",")), zones.split(","), are, problems) == (wanted, in_zones, said, "")
+        else:
+            assert (subnets, said in problems) == ("", True), line
+            assert "--subnets" in problems
+
+
+def test_without_the_metrics_endpoint_there_are_no_figures(bundle: Bundle, aws: Aws) -> None:
+    network = Network(aws)
+    network.endpoints("sqs", "autoscaling")
+    ran = bundle.run_function(f"VPC={network.vpc}; choose_subnets; check_endpoint", "network")
+    assert ran.returncode == 0
+    assert "there is no interface endpoint for monitoring in" in ran.stderr
+
+
+def test_the_subnets_of_a_group_may_be_named(bundle: Bundle, aws: Aws) -> None:
+    base = aws.make_base()
+
+    def used() -> tuple[str, str]:
+        (group,) = aws.client("autoscaling").describe_auto_scaling_groups()["AutoScalingGroups"]
+        return group["VPCZoneIdentifier"], tags_of(group["Tags"]).get("comfy-subnets", "")
+
+    def chosen(asked: str) -> subprocess.CompletedProcess[str]:
+        shell = (
+            f'VPC={base.vpc}; choose_subnets {asked}; die_of_problems; remember_subnets "{asked}"; echo "$SUBNETS"'
+        )
+        return bundle.run_function(shell, "network")
+
+    image = aws.client("ec2").describe_instances()["Reservations"][0]["Instances"][0]["ImageId"]
+    data = {"ImageId": image, "InstanceType": "g5.2xlarge"}
+    aws.client("ec2").create_launch_template(LaunchTemplateName="any", LaunchTemplateData=data)
+    aws.client("autoscaling").create_auto_scaling_group(
+        AutoScalingGroupName=GROUP,
+        LaunchTemplate={"LaunchTemplateName": "any"},
+        MinSize=0,
+        MaxSize=1,
+        VPCZoneIdentifier=base.public,
+    )
+    assert chosen(base.public).stdout == f"{base.public}\n"
+    assert used() == (base.public, "named")
+    assert chosen("").stdout == f"{base.public}\n", "they stay without being named again"
+    private = ",".join(sorted(base.private))
+    assert chosen("auto").stdout == f"{private}\n"
+    assert used()[1] == "auto"
+    assert chosen("").stdout == f"{private}\n"
+
+    (main,) = set(aws.tables(base.vpc)) - {aws.table_of(base.public)}
+    aws.client("ec2").delete_route(RouteTableId=main, DestinationCidrBlock="0.0.0.0/0")
+    assert "have no way to AWS, so no instance could take a job" in chosen("").stderr
+    ran = chosen(private)
+    assert (ran.returncode, ran.stdout) == (0, f"{private}\n"), "whoever names them knows better"
+    assert "have no way to AWS that can be seen here: give rtb-" in ran.stderr
+    assert used()[1] == "named"
+
+
+def test_a_subnet_that_is_not_there_cannot_be_named(bundle: Bundle, aws: Aws) -> None:
+    base = aws.make_base()
+    other = Network(aws)
+    named = other.subnets["a"]
+    assert f"--subnets has {named}, which is no subnet of {base.vpc}, the base machine's VPC" in refused(
+        bundle, "pro", base.instance_id, "--subnets", named
     )

@@ -70,7 +70,7 @@ def test_what_somebody_has_set_on_our_bucket_stays(bundle: Bundle, aws: Aws) -> 
     states = [line.split(maxsplit=2)[2] for line in ran.stdout.splitlines() if line.startswith("bucket")]
     assert states == ["updated", "already there"]
     found = aws.everything("pro")
-    assert found["bucket events"] == {"QueueConfigurations", "EventBridgeConfiguration"}
+    assert found["bucket events"] == {"QueueConfigurations"}
     assert [rule["ID"] for rule in found["bucket lifecycle"]] == ["theirs"]
     check_only_tls(found["bucket policy"], [f"arn:aws:s3:::{BUCKET}", f"arn:aws:s3:::{BUCKET}/*"])
 

@@ -51,7 +51,7 @@ def test_warnings_stop_nobody(bundle: Bundle, aws: Aws) -> None:
     path = bundle.break_call("service-quotas get-service-quota", "AccessDeniedException")
     ran = bundle.run("create_env.sh", "pro", base.instance_id, "--dry-run", PATH=path)
     assert ran.returncode == 0
-    assert "cannot look at the quota L-DB2E81BA, see AWS's words above, so that is not checked" in ran.stderr
+    assert "whether the account may run 99 g5.2xlarge (on-demand) is not checked, see Service Quotas" in ran.stderr
 
 
 @pytest.fixture
@@ -118,6 +118,19 @@ def test_no_base_bucket(bundle: Bundle, aws: Aws) -> None:
         f"run ./create_env.sh base first, and check S3_BUCKET in {bundle.env_file}\n"
     )
     assert aws.everything("pro") == {}
+
+
+def test_a_cli_that_is_older_than_a_setting_is_told_of_before_anything_is_made(bundle: Bundle) -> None:
+    bundle.set(VOLUME_INIT_RATE="200")
+    path = bundle.answer_call(
+        "ec2 create-launch-template --generate-cli-skeleton input", '"VolumeInitializationRate"'
+    )
+    ran = bundle.run_function("check_cli; die_of_problems", "checks", PATH=path)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    path = bundle.answer_call("ec2 create-launch-template --generate-cli-skeleton input", "{}")
+    ran = bundle.run_function("check_cli; die_of_problems", "checks", PATH=path)
+    assert ran.returncode == 1
+    assert "VOLUME_INIT_RATE is 200, which this AWS CLI does not know (aws-cli/" in ran.stderr
 
 
 def test_a_topic_that_may_not_be_seen_is_believed(bundle: Bundle) -> None:

@@ -96,6 +96,7 @@ def instance_states(aws: Aws) -> list[tuple[bool, str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.sampled("stories", 3)
 def test_everything_of_the_environment_goes_and_nothing_else(bundle: Bundle, aws: Aws) -> None:
     make_environment(aws, "pro")
     make_environment(aws, "test")
@@ -225,6 +226,7 @@ def test_what_has_the_tags_goes_under_any_name_but_base_never(bundle: Bundle, aw
 
 
 @pytest.mark.slow
+@pytest.mark.sampled("stories", 3)
 def test_what_a_stopped_create_env_has_left_goes(bundle: Bundle, aws: Aws, sample: Sample) -> None:
     base = aws.make_base()
     points = ("s3api put-bucket-tagging", "iam put-role-policy", "autoscaling create-auto-scaling-group")

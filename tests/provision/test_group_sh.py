@@ -64,6 +64,29 @@ def test_a_smaller_maximum_never_lowers_what_is_wanted(bundle: Bundle, aws: Aws)
     assert group["NewInstancesProtectedFromScaleIn"] is True
 
 
+def test_a_group_that_launches_no_more_does_so_again(bundle: Bundle, aws: Aws) -> None:
+    """Instances that did not come to work have stopped it. What somebody has suspended stays so."""
+    base = aws.make_base(files=False)
+    image = aws.client("ec2").create_image(InstanceId=base.instance_id, Name="image")["ImageId"]
+    template = "simple-comfy-pro-asg-template"
+    data = {"ImageId": image, "InstanceType": "g5.2xlarge"}
+    aws.client("ec2").create_launch_template(LaunchTemplateName=template, LaunchTemplateData=data)
+    autoscaling, name = aws.client("autoscaling"), "simple-comfy-pro-asg"
+    shell = f"SUBNETS={base.private[0]} VERSION=1; check_fleet_settings; ensure_group"
+    for failed in (True, False):
+        bundle.run_function(shell, *ROOMS)
+        autoscaling.suspend_processes(AutoScalingGroupName=name, ScalingProcesses=["Launch"])
+        if failed:
+            tag = {"ResourceId": name, "ResourceType": "auto-scaling-group", "PropagateAtLaunch": False}
+            autoscaling.create_or_update_tags(Tags=[tag | {"Key": "comfy-failed-boots", "Value": "1 3"}])
+        ran = bundle.run_function(shell, *ROOMS)
+        assert (ran.returncode, ran.stderr) == (0, "")
+        (group,) = aws.everything("pro")["groups"]
+        suspended = {process["ProcessName"] for process in group["SuspendedProcesses"]}
+        assert ("Launch" in suspended) is not failed
+        assert "comfy-failed-boots" not in {tag["Key"] for tag in group["Tags"]}
+
+
 def test_a_group_gets_spot_instances_or_a_warm_pool_and_goes_back(bundle: Bundle, aws: Aws) -> None:
     base = aws.make_base(files=False)
     image = aws.client("ec2").create_image(InstanceId=base.instance_id, Name="image")["ImageId"]

@@ -8,6 +8,7 @@ import json
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
 
 import pytest
 from aws_fixtures import Aws, Bundle, tags_of
@@ -20,9 +21,11 @@ from environment_pro import (
 from workplace import Sample
 
 from comfy_utils import OBJECT_INFO_KEY
+from ground.comfyui import SYSTEM_STATS_KEY, ComfyUI
 
 
 @pytest.mark.slow
+@pytest.mark.sampled("stories", 3)
 def test_a_rebake_and_a_rollback_that_are_killed_after_each_change_are_gone_on_with(
     bundle: Bundle, aws: Aws, sample: Sample
 ) -> None:
@@ -65,6 +68,7 @@ def test_a_rebake_and_a_rollback_that_are_killed_after_each_change_are_gone_on_w
 
 
 @pytest.mark.slow
+@pytest.mark.sampled("stories", 3)
 def test_the_fleet_moves_to_new_images_and_back(bundle: Bundle, aws: Aws) -> None:
     base = aws.make_base(looks_until_available=3)
 
@@ -114,13 +118,18 @@ def test_the_fleet_moves_to_new_images_and_back(bundle: Bundle, aws: Aws) -> Non
 
 
 def test_what_the_bases_comfyui_has_is_stored_when_its_image_is_made(bundle: Bundle, aws: Aws) -> None:
-    described = {"KSampler": {"input": {"required": {"steps": ["INT"]}}}, "Ä": {}}
+    answers: dict[str, dict[str, Any]] = {
+        "/object_info": {"KSampler": {"input": {"required": {"steps": ["INT"]}}}, "Ä": {}},
+        "/system_stats": {"system": {"comfyui_version": "0.33.0"}},
+        "/node_replacements": {"Ä": [{"new_node_id": "C"}], "Old": [{"new_node_id": "New"}]},
+    }
+    described = answers["/object_info"] | {"Old": {"replaced_by": [{"new_node_id": "New"}]}}
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_response(200 if self.path == "/object_info" else 404)
+            self.send_response(200 if self.path in answers else 404)
             self.end_headers()
-            self.wfile.write(json.dumps(described).encode())
+            self.wfile.write(json.dumps(answers.get(self.path)).encode())
 
         def log_message(self, *_: object) -> None:
             pass
@@ -131,16 +140,28 @@ def test_what_the_bases_comfyui_has_is_stored_when_its_image_is_made(bundle: Bun
     address = f"127.0.0.1:{server.server_port}"
     shell = "COMFYUI_ANSWERS=yes; store_object_info; echo none; IMAGE_MADE=yes; store_object_info"
     ran = bundle.run_function(shell, "image", COMFY_ADDRESS=address)
-    server.shutdown()
-    server.server_close()
+    assert ComfyUI(address).object_info() == described, "what a worker would store"
     assert (ran.returncode, ran.stderr) == (0, "")
     assert re.fullmatch(f"none\nnodes +s3://{BUCKET}/{OBJECT_INFO_KEY} +updated\n", ran.stdout)
     stored = aws.client("s3").get_object(Bucket=BUCKET, Key=OBJECT_INFO_KEY)
     text = gzip.decompress(stored["Body"].read())
     assert json.loads(text) == described
+    stats = aws.client("s3").get_object(Bucket=BUCKET, Key=SYSTEM_STATS_KEY)["Body"].read()
+    assert json.loads(stats) == answers["/system_stats"], "the editor asks for it"
     # By the same digest the workers see that they need not store it again.
     assert stored["Metadata"]["sha256"] == hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
+    del answers["/node_replacements"]  # as a server of before 0.14
+    assert bundle.run_function(shell, "image", COMFY_ADDRESS=address).stderr == ""
+    stored = aws.client("s3").get_object(Bucket=BUCKET, Key=OBJECT_INFO_KEY)
+    assert (
+        json.loads(gzip.decompress(stored["Body"].read()))
+        == ComfyUI(address).object_info()
+        == answers["/object_info"]
+    )
+
+    server.shutdown()
+    server.server_close()
     ran = bundle.run_function("IMAGE_MADE=yes COMFYUI_ANSWERS=yes; store_object_info", "image", COMFY_ADDRESS=address)
     assert (ran.returncode, ran.stdout) == (0, "")
     assert "what ComfyUI has installed is not stored" in ran.stderr

@@ -32,8 +32,26 @@ def test_policies_are_printed_without_aws_and_fit_into_iam(bundle: Bundle, who: 
     }
     looks = ("Describe", "List", "GetResources", "GetServiceQuota", "GetMetricData", "PutMetricData")
     assert all(action.partition(":")[2].startswith(looks) for action in open_to_all), open_to_all
-    if name == "base":
-        assert "Delete" not in text or who == "worker"
+    if name == "base" and who == "operator":
+        assert "Delete" not in text, "designers keep all"
+    if who == "sender":
+        deletes = [each["Resource"] for each in policy["Statement"] if "Delete" in json.dumps(each["Action"])]
+        arns = [arn for each in deletes for arn in ([each] if isinstance(each, str) else each)]
+        assert [arn.partition("/")[2] for arn in arns] == ["editor/user/*", "input/assets/*", "input/jobs/serve/*"]
+
+
+def test_what_people_keep_in_the_editor_is_changed_by_who_serves_it_and_by_no_instance(bundle: Bundle) -> None:
+    def written(who: str) -> set[str]:
+        policy = json.loads(bundle.run("create_env.sh", "--print-policy", who, "pro").stdout)
+        return {
+            resource.partition("/")[2]
+            for each in policy["Statement"]
+            if "s3:PutObject" in each["Action"]
+            for resource in ([each["Resource"]] if isinstance(each["Resource"], str) else each["Resource"])
+        }
+
+    assert written("sender") == {"input/*", "editor/user/*"}
+    assert written("worker") == {"input/*", "output/*", "editor/of-instances/*"}
 
 
 def test_a_policy_is_that_of_the_env_in_the_settings(bundle: Bundle) -> None:

@@ -1,4 +1,4 @@
-"""The rooms of provision/: who opens which, and whose what is."""
+"""The rooms of provision/ and boot/: who opens which, and whose what is."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from places import ROOT
 
 DOORS = ("create_env.sh", "delete_env.sh", "start_service.sh")
 TEXTS = {path.stem: path.read_text() for path in (ROOT / "provision").glob("*.sh")}
-TEXTS |= {name: (ROOT / name).read_text() for name in DOORS}
+BOOT = {path.stem: path.read_text() for path in (ROOT / "boot").glob("*.sh")}
+TEXTS |= BOOT | {name: (ROOT / name).read_text() for name in DOORS}
 FUNCTION = r"^([a-z_]+)\(\) \{$"
 
 
@@ -28,8 +29,8 @@ def functions(name: str) -> list[str]:
 
 
 def test_rooms_are_opened_by_doors_alone() -> None:
-    assert opened("start_service.sh") == ["common"], "an instance needs no more of provision/"
-    assert {*opened("create_env.sh"), *opened("delete_env.sh")} == TEXTS.keys() - set(DOORS)
+    assert {*opened("start_service.sh")} == {"common", *BOOT}, "an instance needs no more of provision/"
+    assert {*opened("create_env.sh"), *opened("delete_env.sh")} == TEXTS.keys() - set(DOORS) - BOOT.keys()
     for name in TEXTS.keys() - set(DOORS):
         assert not re.search(r"^\s*(source|\.) ", TEXTS[name], re.M), f"{name} opens another room"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -84,12 +85,44 @@ def test_the_trigger_is_added_kept_repaired_and_taken_away(bundle: Bundle, aws: 
     assert "already there" in trigger(bundle, "no")
 
 
+def test_trigger_and_eventbridge_leave_each_other_and_what_is_somebody_elses(bundle: Bundle, aws: Aws) -> None:
+    sqs, s3 = aws.client("sqs"), aws.client("s3")
+    aws.make_bucket(BUCKET)
+    sqs.create_queue(QueueName=QUEUE)
+    arn = f"arn:aws:sqs:{REGION}:{ACCOUNT_ID}:{QUEUE}"
+    theirs = {"QueueArn": arn, "Events": ["s3:ObjectRemoved:*"], "Id": "theirs"}
+    s3.put_bucket_notification_configuration(
+        Bucket=BUCKET, NotificationConfiguration={"QueueConfigurations": [theirs]}
+    )
+    for trigger, events, dry_run, said, is_triggered, is_told in (
+        ("", "", "no", [], False, False),
+        ("", "yes", "yes", ["to be created"], False, False),
+        ("", "yes", "no", ["created"], False, True),
+        ("yes", "", "no", ["created", "already there"], True, True),
+        ("", "no", "no", ["already there", "removed"], True, False),
+        ("no", "yes", "no", ["removed", "created"], False, True),
+        ("no", "no", "no", ["already there", "removed"], False, False),
+    ):
+        steps = f"DRY_RUN={dry_run}; look_at_trigger '{trigger}' '{events}'; ensure_trigger; ensure_events"
+        ran = bundle.run_function(steps, "queues", "trigger")
+        assert (ran.returncode, ran.stderr) == (0, "")
+        states = [re.split(f"{BUCKET}/input/jobs/ +| to EventBridge +", line)[1] for line in ran.stdout.splitlines()]
+        assert states == said, (trigger, events)
+        found = s3.get_bucket_notification_configuration(Bucket=BUCKET)
+        ids = {entry["Id"] for entry in found["QueueConfigurations"]}
+        assert ids == {"theirs"} | ({"comfy-jobs"} if is_triggered else set()), (trigger, events)
+        assert ("EventBridgeConfiguration" in found) == is_told, (trigger, events)
+
+
 @pytest.mark.slow
+@pytest.mark.sampled("stories", 3)
 def test_with_the_option_an_environment_is_made_with_its_trigger(bundle: Bundle, aws: Aws) -> None:
     base = aws.make_base()
-    ran = bundle.run("create_env.sh", "pro", base.instance_id, "--s3-trigger")
+    ran = bundle.run("create_env.sh", "pro", base.instance_id, "--s3-trigger", "--events")
     assert (ran.returncode, ran.stderr) == (0, "")
     assert f"A workflow that is dropped into s3://{BUCKET}/input/jobs/ runs." in ran.stdout
+    assert f"EventBridge hears of each result.json in s3://{BUCKET}, for rules of yours." in ran.stdout
+    assert aws.everything("pro")["bucket events"] == {"QueueConfigurations", "EventBridgeConfiguration"}
     s3, sqs = aws.client("s3"), aws.client("sqs")
     url = sqs.get_queue_url(QueueName=QUEUE)["QueueUrl"]
     for key in ("input/jobs/a b.json", "input/jobs/note.txt", "input/other.json"):

@@ -12,3 +12,7 @@ fi
 
 # The image holds the base machine's logs too, which must not be uploaded as this instance's.
 rm -rf -- "${home:?}/logs"/*
+
+# The services wait for this, whatever else cloud-init does or fails to do. Nothing may come after it.
+cloud-init query instance_id >"$home/first-boot.new"
+mv "$home/first-boot.new" "$home/first-boot"
