@@ -15,13 +15,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import soak
+from audit import Audit
+from chaos import Delivery, Done, Receipt
 from places import TESTS
-from soak import Audit, Delivery, Done, Job, Receipt
+from plan import ENDLESS, FAULTS, INSTANCES, KINDS, Job, plan_faults, plan_jobs
 from workplace import Sample, await_that
 
 LIMIT_S = 500
-JOBS, JOBS_IN_FULL = 60, 300
+JOBS, JOBS_IN_FULL = 24, 300
 
 
 @pytest.mark.slow
@@ -37,9 +38,10 @@ def test_jobs_survive_the_faults(sample: Sample, request: pytest.FixtureRequest)
         )
         told = run.stdout + run.stderr
         assert run.returncode == 0, told
-        for name in ("LOST", "FALSELY DONE", "RECEIPTS CHANGED", "UNEXPLAINED RE-RUNS"):
+        for name in ("LOST", "FALSELY DONE", "RECEIPTS CHANGED", "UNEXPLAINED RE-RUNS", "HEALTHY REPLACED"):
             assert re.search(rf"^{name} +0$", run.stdout, re.MULTILINE), told
-        ends = ("succeeded", "failed rightly", "in DLQ rightly")
+        assert re.search(rf"^receipts per job +1 for {jobs} jobs$", run.stdout, re.MULTILINE), told
+        ends = ("succeeded", "failed rightly", "gave up rightly")
         counted = [re.search(rf"^{name} +(\d+)$", run.stdout, re.MULTILINE) for name in ends]
         assert sum(int(count[1]) for count in counted if count) == jobs, told
 
@@ -64,7 +66,7 @@ def check_that_a_signal_ends_everything(number: signal.Signals, tmp_path: Path) 
         stderr=subprocess.DEVNULL,
     )
     try:
-        await_that("the instances run", lambda: run.poll() is not None or len(services()) >= 2 * soak.INSTANCES)
+        await_that("the instances run", lambda: run.poll() is not None or len(services()) >= 2 * INSTANCES)
         run.send_signal(number)
         assert run.wait(LIMIT_S) == 128 + number
     finally:
@@ -101,20 +103,26 @@ def test_help_is_printed() -> None:
 
 
 def test_the_seed_decides_everything() -> None:
-    assert soak.plan_jobs(1, 300) == soak.plan_jobs(1, 300) != soak.plan_jobs(2, 300)
-    assert soak.plan_faults(1, 300) == soak.plan_faults(1, 300) != soak.plan_faults(2, 300)
+    assert plan_jobs(1, 300) == plan_jobs(1, 300) != plan_jobs(2, 300)
+    assert plan_faults(1, 300) == plan_faults(1, 300) != plan_faults(2, 300)
 
 
-@pytest.mark.parametrize("count", [10, 300, 5000])
+@pytest.mark.parametrize("count", [10, 60, 300, 5000])
 def test_the_plan_has_so_many_jobs_and_every_kind(count: int) -> None:
-    jobs = soak.plan_jobs(3, count)
+    jobs = plan_jobs(3, count)
     assert len({id(job) for job in jobs}) == len({job.id for job in jobs}) == count
     kinds = {job.kind for job in jobs}
-    assert "StandinCrash" in kinds
-    if count >= 300:
-        assert set(soak.KINDS) <= kinds
+    if count >= 60:
+        assert set(KINDS) <= kinds
         assert max(Counter(job.id for job in jobs).values()) == 2
-        assert {fault.kind for fault in soak.plan_faults(3, count)} == set(soak.FAULTS)
+    if count >= 300:
+        assert {fault.kind for fault in plan_faults(3, count)} == set(FAULTS)
+
+
+def test_jobs_that_end_comfyui_stand_far_from_each_other() -> None:
+    places = [place for place, job in enumerate(plan_jobs(3, 5000)) if job.must.ends_comfyui]
+    assert len(places) > 100
+    assert min(third - first for first, third in zip(places, places[2:], strict=False)) > 10
 
 
 # --- The audit: one job, and what is known of it ------------------------------------------------------------
@@ -125,27 +133,36 @@ A, B = "i-a", "i-b"
 def audit_of(
     job: Job,
     *,
-    status: str | None = "succeeded",
+    error: str | None = None,
+    receipt: bool = True,
     ledger: str = "1 start 11, 2 success 11",
     deliveries: list[Delivery] | None = None,
     faults: list[Done] | None = None,
     dead: bool = False,
     keys: tuple[str, ...] = (),
     receipts: int = 1,
-    accepted: bool = True,
-) -> dict[str, Any]:
-    """The table's lines that are not 0, for one job of which this is known. Process 11 is A's ComfyUI, 22 B's."""
+    accepted: bytes | None = b"the receipt",
+    unhealthy: float | None = None,
+) -> Audit:
+    """The audit of one job of which this is known. Process 11 is A's ComfyUI, 22 B's."""
     entries = [entry.split() for entry in ledger.split(", ") if entry]
-    lines = [json.dumps({"time": float(at), "event": event, "prompt_id": job.id, "pid": int(pid)}) for at, event, pid in entries]  # fmt: skip
+    entries = [[*entry, job.id][:4] for entry in entries]
+    lines = [json.dumps({"time": float(at), "event": event, "prompt_id": job_id, "pid": int(pid)}) for at, event, pid, job_id in entries]  # fmt: skip
     outputs = [{"s3_key": f"output/{job.id}/soak/x.png"}]
-    error = None if status == "succeeded" else {"kind": "execution_error", "message": ""}
-    body = json.dumps({"status": status, "error": error, "outputs": outputs}).encode()
+    said = (
+        {"status": "failed", "error": {"kind": error, "message": ""}}
+        if error
+        else {"status": "succeeded", "error": None}
+    )
+    body = json.dumps({**said, "outputs": outputs}).encode()
     etag = hashlib.md5(body).hexdigest()
     read = SimpleNamespace(get_object=lambda **_: {"Body": SimpleNamespace(read=lambda: body)})
+    heard = accepted and (job.callback or accepted != b"the receipt")
     cloud = SimpleNamespace(
         deliveries=deliveries or [Delivery(0.5, A, "m1", lost=False)],
-        receipts={job.id: [Receipt(5.0 + n, etag) for n in range(receipts)]} if status else {},
+        receipts={job.id: [Receipt(5.0 + n, etag) for n in range(receipts)]} if receipt else {},
         machines={},
+        unhealthy=[(unhealthy, A)] if unhealthy else [],
     )
     known: Any = SimpleNamespace(
         cloud=cloud,
@@ -153,7 +170,9 @@ def audit_of(
         job_of=dict.fromkeys(job.message_ids, job.id),
         comfy_pids={11: A, 22: B},
         faults=faults or [],
-        receiver=SimpleNamespace(accepted={job.id: [body]} if accepted else {}),
+        receiver=SimpleNamespace(
+            accepted={job.id: [body if accepted == b"the receipt" else accepted]} if heard else {}
+        ),
         s3=read,
         left=0,
         started=0.0,
@@ -161,19 +180,31 @@ def audit_of(
     )
     audit = Audit(known)
     objects = {f"output/{job.id}/result.json": 9, **dict.fromkeys(keys or [outputs[0]["s3_key"]], 9)}
-    audit.read_bucket = lambda: objects if status else {}  # type: ignore[method-assign]
+    audit.read_bucket = lambda: objects if receipt else {}  # type: ignore[method-assign]
     audit.read_dlq = lambda: {"m1"} if dead else set()  # type: ignore[method-assign]
     audit.run()
-    return dict(audit.rights) | {name: len(found) for name, found in audit.wrongs.items() if found} | audit.explained
+    return audit
+
+
+def lines_of(audit: Audit) -> dict[str, int]:
+    """The table's lines that are not 0."""
+    wrongs = {name: len(found) for name, found in audit.wrongs.items() if found}
+    sick = {"sick replaced": audit.sick_replaced} if audit.sick_replaced else {}
+    return dict(audit.rights) | wrongs | audit.explained | sick
 
 
 def a_job(**changes: Any) -> Job:
     """A job that can succeed, sent once."""
-    return Job(**{"id": "j", "kind": "image", "body": "", "expect": "succeeded", "message_ids": ["m1"], **changes})
+    return Job(**{"id": "j", "kind": "image", "body": "", "message_ids": ["m1"], **changes})
 
 
 TWICE = "1 start 11, 2 start 22, 3 success 22"
 RECEIVED_TWICE = [Delivery(0.5, A, "m1", lost=False), Delivery(1.9, B, "m1", lost=False)]
+KILLED = [Done(0.6, "worker killed", A, 0.6)]
+THRICE = [Delivery(0.5 + n, A, "m1", lost=False) for n in range(3)]
+DIED = "1.6 start 11 other, 1.8 died 11 other"
+DIED_TWICE = "1 start 11, 2 died 11, 3 start 22, 4 died 22"
+EACH = [Delivery(at, A, "m1", lost=False) for at in (0.5, 2.5, 4.5)]  # before each of those and one more
 SENT_TWICE = [Delivery(0.5, A, "m1", lost=False), Delivery(1.9, B, "m2", lost=False)]
 
 
@@ -181,23 +212,92 @@ SENT_TWICE = [Delivery(0.5, A, "m1", lost=False), Delivery(1.9, B, "m2", lost=Fa
     ("job", "known", "lines"),
     [
         (a_job(), {}, {"succeeded": 1}),
-        (a_job(), {"status": None, "ledger": ""}, {"LOST": 1}),
+        (a_job(), {"receipt": False, "ledger": ""}, {"LOST": 1}),
+        (a_job(), {"receipt": False, "ledger": "", "dead": True, "faults": KILLED}, {"LOST": 1}),
         (a_job(), {"ledger": "1 start 11, 2 error 11"}, {"FALSELY DONE": 1}),
         (a_job(), {"keys": ("output/j/other.png",)}, {"FALSELY DONE": 1}),
-        (a_job(expect="failed"), {}, {"FALSELY DONE": 1}),
-        (a_job(expect="dead"), {}, {"FALSELY DONE": 1}),
-        (a_job(), {"status": "failed"}, {"WRONGLY FAILED": 1}),
-        (a_job(expect="failed", error_kinds=("execution_error",)), {"status": "failed"}, {"failed rightly": 1}),
-        (a_job(expect="failed", error_kinds=("invalid_workflow",)), {"status": "failed"}, {"WRONGLY FAILED": 1}),
-        (a_job(expect="dead"), {"status": None, "dead": True}, {"in DLQ rightly": 1}),
-        (a_job(), {"status": None, "dead": True}, {"IN DLQ WRONGLY": 1}),
+        (a_job(kind="broken image"), {}, {"FALSELY DONE": 1}),
+        (a_job(), {"error": "execution_error"}, {"WRONGLY FAILED": 1}),
+        (a_job(kind="broken image"), {"error": "execution_error"}, {"failed rightly": 1}),
+        (a_job(kind="missing model"), {"error": "execution_error"}, {"WRONGLY FAILED": 1}),
+        # Given up: rightly so where a fault ended the last attempt, and the message is dead ...
+        (a_job(), {"error": "gave_up", "dead": True, "faults": KILLED}, {"gave up rightly": 1, "in DLQ rightly": 1}),
+        (a_job(), {"error": "gave_up", "faults": KILLED}, {"WRONGLY FAILED": 1}),
+        (a_job(), {"error": "gave_up", "dead": True}, {"WRONGLY FAILED": 1, "IN DLQ WRONGLY": 1}),
+        (a_job(), {"dead": True}, {"succeeded": 1, "IN DLQ WRONGLY": 1}),
+        (
+            a_job(kind="kills its workers"),
+            {"error": "gave_up", "dead": True, "faults": KILLED, "ledger": ""},
+            {"failed rightly": 1, "in DLQ rightly": 1},
+        ),
+        # ... and where we have ended ComfyUI under it, twice or at the last attempt.
+        (a_job(), {"error": "comfyui_died"}, {"WRONGLY FAILED": 1}),
+        (a_job(), {"error": "comfyui_died", "faults": [Done(0.6, "ComfyUI killed", A, 0.6)]}, {"WRONGLY FAILED": 1}),
         (
             a_job(),
-            {"status": None, "dead": True, "faults": [Done(0.6, "worker killed", A, 0.6)]},
-            {"in DLQ rightly": 1},
+            {"error": "comfyui_died", "faults": [Done(0.6, "ComfyUI killed", A, 0.6)], "dead": True},
+            {"gave up rightly": 1, "in DLQ rightly": 1},
+        ),
+        (
+            a_job(),
+            {"error": "comfyui_died", "faults": 2 * [Done(0.6, "ComfyUI killed", A, 0.6)]},
+            {"gave up rightly": 1},
+        ),
+        # A job that fails by itself: so often, and no oftener.
+        (
+            a_job(kind="ends ComfyUI"),
+            {"error": "comfyui_died", "ledger": DIED_TWICE, "deliveries": EACH[:2]},
+            {"failed rightly": 1},
+        ),
+        (
+            a_job(kind="ends ComfyUI"),
+            {"error": "comfyui_died", "ledger": f"{DIED_TWICE}, 5 start 33, 6 died 33", "deliveries": EACH},
+            {"failed rightly": 1, "UNEXPLAINED RE-RUNS": 1},
+        ),
+        (
+            a_job(kind="ends ComfyUI"),
+            {"error": "comfyui_died", "ledger": f"{DIED_TWICE}, 5 start 33, 6 died 33", "deliveries": EACH[::2]},
+            {"failed rightly": 1, "ComfyUI ended unheard": 1},
+        ),
+        (
+            a_job(kind="out of memory"),
+            {"error": "out_of_memory", "deliveries": THRICE, "dead": True},
+            {"failed rightly": 1, "in DLQ rightly": 1},
+        ),
+        # Callbacks
+        (a_job(callback=True), {}, {"succeeded": 1}),
+        (a_job(callback=True), {"accepted": None}, {"succeeded": 1, "CALLBACKS WRONG": 1}),
+        (a_job(callback=True), {"accepted": b"{}"}, {"succeeded": 1, "CALLBACKS WRONG": 1}),
+        (a_job(), {"accepted": b"{}"}, {"succeeded": 1, "CALLBACKS WRONG": 1}),
+        (
+            a_job(callback=True),
+            {"accepted": None, "error": "gave_up", "dead": True, "faults": KILLED},
+            {"gave up rightly": 1, "in DLQ rightly": 1, "CALLBACKS WRONG": 1},
+        ),
+        (
+            a_job(kind="callback refused", callback=True, refusals=ENDLESS),
+            {"accepted": None, "deliveries": THRICE, "dead": True},
+            {"succeeded": 1, "in DLQ rightly": 1},
+        ),
+        (a_job(kind="callback refused", callback=True, refusals=ENDLESS), {}, {"succeeded": 1, "CALLBACKS WRONG": 1}),
+        # Instances: sick is one whose ComfyUI we have ended since it last ran a job to its end, at 2.
+        (a_job(), {"unhealthy": 4.0}, {"succeeded": 1, "HEALTHY REPLACED": 1}),
+        (
+            a_job(),
+            {"unhealthy": 4.0, "faults": [Done(3, "ComfyUI killed", A, 3)]},
+            {"succeeded": 1, "sick replaced": 1},
+        ),
+        (
+            a_job(),
+            {"unhealthy": 4.0, "faults": [Done(1, "ComfyUI killed", A, 1)]},
+            {"succeeded": 1, "HEALTHY REPLACED": 1},
+        ),
+        (
+            a_job(),
+            {"unhealthy": 4.0, "faults": [Done(3, "worker killed", A, 3)]},
+            {"succeeded": 1, "HEALTHY REPLACED": 1},
         ),
         (a_job(), {"receipts": 2}, {"succeeded": 1, "RECEIPTS CHANGED": 1}),
-        (a_job(callback=True), {"accepted": False}, {"succeeded": 1, "CALLBACKS WRONG": 1}),
         (a_job(), {"keys": ("output/j/soak/x.png", "elsewhere/x")}, {"succeeded": 1, "STRAY FILES": 1}),
         # Started again: rightly so after a fault that took the message away, or where it was sent twice ...
         (
@@ -209,6 +309,15 @@ SENT_TWICE = [Delivery(0.5, A, "m1", lost=False), Delivery(1.9, B, "m2", lost=Fa
             a_job(message_ids=["m1", "m2"]),
             {"ledger": TWICE, "deliveries": SENT_TWICE},
             {"succeeded": 1, "sent twice": 1},
+        ),
+        # ... or where a job behind it ended ComfyUI before its end was heard,
+        (
+            a_job(),
+            {
+                "ledger": f"1 start 11, 1.5 success 11, 2.2 start 22, 3 success 22, {DIED}",
+                "deliveries": RECEIVED_TWICE,
+            },
+            {"succeeded": 1, "ComfyUI ended behind it": 1},
         ),
         # ... but not without one, after one of another instance, one too late, or a harmless one,
         (a_job(), {"ledger": TWICE, "deliveries": RECEIVED_TWICE}, {"succeeded": 1, "UNEXPLAINED RE-RUNS": 1}),
@@ -242,4 +351,11 @@ SENT_TWICE = [Delivery(0.5, A, "m1", lost=False), Delivery(1.9, B, "m2", lost=Fa
     ],
 )
 def test_the_audit_sees(job: Job, known: dict[str, Any], lines: dict[str, int]) -> None:
-    assert audit_of(job, **known) == lines
+    assert lines_of(audit_of(job, **known)) == lines
+
+
+def test_the_audit_measures_how_long_the_dead_wait() -> None:
+    audit = audit_of(a_job(), error="gave_up", dead=True, faults=KILLED)
+    assert audit.answers_s == {"killed": [pytest.approx(5.0 - 0.6)], "died": []}
+    audit = audit_of(a_job(kind="ends ComfyUI"), error="comfyui_died", ledger=DIED_TWICE)
+    assert audit.answers_s == {"killed": [], "died": [pytest.approx(5.0 - 4.0)]}
