@@ -7,7 +7,7 @@ the end of the second job to the end of the last, as ComfyUI's history has them:
 worker has seen that more wait. Share is the one over the other. A gap is the time from one job's end to the next
 one's start. Every file and receipt is looked for at the end.
 
-Usage: tests/bench/bench_worker.py [--scale X] [--memory JOBS] [--only MS] [--wanted N] [--scripts DIR]
+Usage: tests/bench/bench_worker.py [--scale X] [--memory JOBS [--side PIXELS]] [--only MS] [--wanted N] [--scripts DIR]
 
 --wanted puts the worker into an Auto Scaling group that wants N instances, all of which are in service for AWS, though
 only this one takes jobs yet. --scripts measures the worker of another checkout, to compare with.
@@ -19,6 +19,7 @@ nodes EmptyImage, ImageBlur and SaveImage; so many are blurred that a job takes 
 from __future__ import annotations
 
 import argparse
+import io
 import itertools
 import json
 import os
@@ -37,6 +38,7 @@ from typing import Any, NamedTuple
 import boto3
 import requests
 from bench_tools import at_distance
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cloud"))
 from local_cloud import ACCOUNT_ID, REGION, free_port
@@ -46,6 +48,7 @@ JOBS = {0: 200, 50: 60, 200: 20, 1000: 7}
 """A job's milliseconds and how many of them are measured, so that the whole takes little more than a minute."""
 ROUND_TRIPS_S = (0.0, 0.005, 0.025)
 LIMIT_S = 600.0
+NOISE = "bench-noise.png"
 BUCKET = f"simple-comfy-{ACCOUNT_ID}-{REGION}-bench"
 SETTINGS = f"ENV=bench\nACCOUNT_ID={ACCOUNT_ID}\nREGION={REGION}\nSCALE_COOLDOWN=3600\n"
 Workflow = dict[str, dict[str, Any]]
@@ -71,6 +74,9 @@ class Comfy:
         self.home = home
         self.http = requests.Session()
         self.blur_s = 0.0
+        self.sleeper = "" if self.is_real else "StandinSleep"  # a class of node that sleeps, where there is one
+        self.side = 512 if self.is_real else 16  # of a picture, in pixels
+        self.has_noise = False
         self.process: subprocess.Popen[bytes] | None = None
         if self.is_real:
             (home / "job-output").symlink_to(os.environ["COMFY_OUTPUT"])
@@ -100,21 +106,31 @@ class Comfy:
     def workflow(self, milliseconds: int, prefix: str = "bench") -> Workflow:
         """A job that takes so long and saves one small picture, which is in no cache."""
         seconds = milliseconds / 1000
-        size = 512 if self.is_real else 16
         color = uuid.uuid4().int % 0xFFFFFF
         nodes: Workflow = {
             "0": {
                 "class_type": "EmptyImage",
-                "inputs": {"width": size, "height": size, "batch_size": 1, "color": color},
+                "inputs": {"width": self.side, "height": self.side, "batch_size": 1, "color": color},
             }
         }
-        if not self.is_real:
-            nodes["1"] = {"class_type": "StandinSleep", "inputs": {"seconds": seconds, "image": ["0", 0]}}
+        if self.has_noise:
+            nodes["0"] = {"class_type": "LoadImage", "inputs": {"image": NOISE}}
+        if self.sleeper:
+            inputs = {"seconds": seconds, "milliseconds": milliseconds, "image": ["0", 0]}
+            nodes["1"] = {"class_type": self.sleeper, "inputs": inputs}
         for number in range(round(seconds / self.blur_s) if self.blur_s else 0):
             blur = {"image": [str(number), 0], "blur_radius": 31, "sigma": 10.0}
             nodes[str(number + 1)] = {"class_type": "ImageBlur", "inputs": blur}
         save = {"images": [str(len(nodes) - 1), 0], "filename_prefix": prefix}
         return {**nodes, "save": {"class_type": "SaveImage", "inputs": save}}
+
+    def take_noise(self, side: int) -> None:
+        """From now on a job's picture is noise, so many pixels a side, of which no file format makes less."""
+        data = io.BytesIO()
+        Image.frombytes("RGB", (side, side), os.urandom(3 * side * side)).save(data, "PNG")
+        files = {"image": (NOISE, data.getvalue())}
+        self.http.post(f"http://{self.address}/upload/image", files=files, timeout=60).raise_for_status()
+        self.has_noise = True
 
     def calibrate(self) -> None:
         """Find out how long a real server blurs."""
@@ -124,13 +140,18 @@ class Comfy:
             self.blur_s = (self.run_straight(20, 5).span_s - bare) / (3 * 20)
 
     def run_straight(self, milliseconds: int, jobs: int) -> Measured:
-        """Post them all into its queue."""
+        """Run them one after the other out of its own queue."""
+        ids = self.post(milliseconds, jobs)
+        await_that(lambda: self.history(ids[-1]))
+        return self.measure(ids)
+
+    def post(self, milliseconds: int, jobs: int) -> list[str]:
+        """Post them all into its queue; returns their ids."""
         ids = [str(uuid.uuid4()) for _ in range(jobs)]
         for job_id in ids:
             body = {"prompt": self.workflow(milliseconds, f"{job_id}/bench"), "prompt_id": job_id}
             self.http.post(f"http://{self.address}/prompt", json=body, timeout=60).raise_for_status()
-        await_that(lambda: self.history(ids[-1]))
-        return self.measure(ids)
+        return ids
 
     def history(self, job_id: str) -> Any:
         """A job's history, None until it has ended."""
@@ -188,6 +209,7 @@ class Site:
             "AWS_ACCESS_KEY_ID": "x",
             "AWS_SECRET_ACCESS_KEY": "x",
             "COMFY_ADDRESS": self.comfy.address,
+            "MALLOC_TRIM_THRESHOLD_": "131072",  # as start_service.sh has it
         }
         process = subprocess.Popen(
             [sys.executable, "parse_job.py"],
@@ -311,8 +333,10 @@ def bench_jobs(site: Site, jobs: dict[int, int]) -> None:
             )
 
 
-def bench_memory(site: Site, jobs: int) -> None:
-    """Resident memory while so many jobs pass."""
+def bench_memory(site: Site, jobs: int, side: int) -> None:
+    """Resident memory while so many jobs pass, whose pictures have so many pixels a side where that is not 0."""
+    if side:
+        site.comfy.take_noise(side)
     portion = max(1, jobs // 20)
     print(f"\n{'jobs done':>10}{'memory':>12}")
     with site.worker(site.endpoint) as worker:
@@ -331,11 +355,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--memory", type=int, default=0, metavar="JOBS", help="then the memory while so many jobs pass, such as 10000"
     )
+    parser.add_argument(
+        "--side", type=int, default=0, metavar="PIXELS", help="with pictures of noise, so large, in those"
+    )
     parser.add_argument("--wanted", type=int, default=0, metavar="N", help="in a group that wants so many instances")
     parser.add_argument("--scripts", type=Path, default=ROOT, metavar="DIR", help="another checkout's worker")
     options = parser.parse_args(arguments)
-    if options.scale <= 0 or options.memory < 0:
-        parser.error("--scale is above 0, --memory not below it")
+    if options.scale <= 0 or min(options.memory, options.side) < 0:
+        parser.error("--scale is above 0, --memory and --side not below it")
     jobs = {ms: max(5, round(count * options.scale)) for ms, count in JOBS.items() if options.only in (None, ms)}
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(scratch) / "comfy"
@@ -353,7 +380,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             comfy.calibrate()
             bench_jobs(site, jobs)
             if options.memory:
-                bench_memory(site, options.memory)
+                bench_memory(site, options.memory, options.side)
         finally:
             for process in (comfy.process, cloud):
                 if process is not None:

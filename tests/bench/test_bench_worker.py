@@ -6,13 +6,17 @@ import re
 import subprocess
 import sys
 
+import pytest
 from places import TESTS
 from workplace import LIMIT_S
 
 
+@pytest.mark.slow
+@pytest.mark.sampled("benchmarks", 1)
 def test_the_table_has_a_row_for_each_distance() -> None:
+    options = ["--only", "0", "--scale", "0.03", "--memory", "20", "--side", "64"]
     ran = subprocess.run(
-        [sys.executable, TESTS / "bench/bench_worker.py", "--only", "0", "--scale", "0.03", "--memory", "20"],
+        [sys.executable, TESTS / "bench/bench_worker.py", *options],
         capture_output=True,
         text=True,
         timeout=3 * LIMIT_S,
