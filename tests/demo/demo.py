@@ -15,13 +15,16 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 sys.path.extend(map(str, (Path(__file__).resolve().parents[2], Path(__file__).resolve().parents[1] / "cloud")))
-from local_cloud import ACCOUNT_ID, REGION, LocalCloud, Machine
+import requests
+import websocket
+from local_cloud import ACCOUNT_ID, REGION, LocalCloud, Machine, free_port
 from places import ROOT, TESTS, copy_comfyui, copy_scripts
 
 from comfy_utils import load_settings
@@ -75,17 +78,46 @@ def make_base_folder(folder: Path) -> None:
         real = Path(comfyui).expanduser().resolve()
         if not (real / "main.py").is_file():
             raise DemoError(f"COMFYUI_DIR={comfyui}: there is no main.py, name the folder of a ComfyUI")
-        skip = shutil.ignore_patterns(".git", "models", "input", "output", "temp", "user", "__pycache__")
-        shutil.copytree(real, folder / "ComfyUI", symlinks=True, ignore=skip)
-        if (real / "comfy/ldm/models").is_dir():  # skipped by its name, but it is code
-            shutil.copytree(real / "comfy/ldm/models", folder / "ComfyUI/comfy/ldm/models")
-        (folder / "ComfyUI/models").symlink_to(real / "models")
-        python = os.environ.get("COMFYUI_PYTHON", str(TESTS / ".venv/bin/python"))
+        copy_real_comfyui(real, folder / "ComfyUI")
+        python = os.environ.get("COMFYUI_PYTHON") or python_of(real)
         settings += f'\nCOMFYUI_PYTHON={python}\nCOMFYUI_ARGS="{os.environ.get("COMFYUI_ARGS", "")}"\n'
     else:
         (folder / "ComfyUI").mkdir()
         copy_comfyui(folder / "ComfyUI")
     (folder / "env").write_text(settings)
+
+
+def copy_real_comfyui(real: Path, target: Path) -> None:
+    """A user's ComfyUI without what it works on; its models are linked.
+
+    Folders named input, output or models are code further down (comfy_api/input, comfy/ldm/models).
+    """
+
+    def left_out(folder: str, names: list[str]) -> set[str]:
+        out = {".git", "__pycache__"}
+        if Path(folder) == real:
+            out |= {"models", "input", "output", "temp", "user"}
+            out |= {name for name in names if (real / name / "pyvenv.cfg").is_file()}
+        return out & set(names)
+
+    shutil.copytree(real, target, symlinks=True, ignore=left_out)
+    (target / "models").symlink_to(real / "models")
+
+
+def python_of(real: Path) -> str:
+    """The Python of a user's ComfyUI: that of its virtual environment, if it lies in there."""
+    for name in ("venv", ".venv"):
+        if (python := real / name / "bin/python").is_file():
+            return str(python)
+    return str(TESTS / ".venv/bin/python")
+
+
+def choose_workflow(base: Path) -> list[str]:
+    """What to send: DEMO_WORKFLOW, or one that needs no model where a real ComfyUI has not that of the example."""
+    if chosen := os.environ.get("DEMO_WORKFLOW"):
+        return [str(Path(chosen).resolve())]
+    has_model = not os.environ.get("COMFYUI_DIR") or (base / "ComfyUI/models/checkpoints" / CHECKPOINT).exists()
+    return [] if has_model else [str(Path(__file__).with_name("without_models.json"))]
 
 
 def fill_base_folder(folder: Path) -> None:
@@ -117,7 +149,22 @@ def start_comfyui(machine: Machine) -> None:
             return True
         return False
 
-    await_that("the base machine's ComfyUI answers", answers)
+    def answers_or_has_ended() -> bool:
+        refuse_ended_comfyui(machine)
+        return answers()
+
+    await_that("the base machine's ComfyUI answers", answers_or_has_ended, limit_s=300)
+
+
+def refuse_ended_comfyui(machine: Machine) -> None:
+    """Raise DemoError where a machine that is on has a ComfyUI that has ended, with the last that it said."""
+    process = machine.services.get("comfyui")
+    if process is not None and process.poll() is not None and machine.is_on():
+        lines = (machine.side / "comfyui.log").read_text(errors="replace").splitlines()[-15:]
+        said = "\n".join(f"   {line}" for line in lines)
+        raise DemoError(
+            f"ComfyUI on {machine.instance_id} has ended with exit code {process.returncode}. It said last:\n{said}"
+        )
 
 
 def run_on_base(folder: Path, environment: dict[str, str], *command: str) -> list[str]:
@@ -145,6 +192,44 @@ def with_permissions_of(
     return environment | cloud.allow_only(f"{who}-{name}", policy)
 
 
+def serve_a_client(base: Path, sender: dict[str, str], workflow: str) -> None:
+    """A program that knows a ComfyUI at an address, as ComfyUI's own example does, is given the fleet's."""
+    tell("\nA program that knows a ComfyUI at an address, and nothing of AWS, is given the fleet's:")
+    port = free_port()
+    command = ["./fleet.py", "serve", "--env", "pro", "--port", str(port)]
+    tell(f"\n$ {' '.join(command)} &")
+    serving = subprocess.Popen(command, cwd=base, env=sender, stdout=subprocess.PIPE, text=True)
+    try:
+        assert serving.stdout is not None
+        tell(f"   {serving.stdout.readline().rstrip()}")
+        said, pictures = use_as_comfyui(f"127.0.0.1:{port}", json.loads(Path(workflow).read_text()))
+    finally:
+        serving.terminate()
+        serving.wait()
+    check("its job woke the fleet, and it heard so: " + ", ".join(said), said[-1:] == ["execution_success"], said)
+    check(f"it has fetched {len(pictures)} file from /view", len(pictures) > 0 and all(pictures))
+    check("serve ended in order", serving.returncode == 0, serving.returncode)
+
+
+def use_as_comfyui(address: str, workflow: dict[str, Any]) -> tuple[list[str], list[bytes]]:
+    """Post, listen until nothing is at work, ask the history, fetch each file: what is heard, and the files."""
+    client_id = str(uuid.uuid4())
+    line = websocket.create_connection(f"ws://{address}/ws?clientId={client_id}", timeout=300)
+    body = {"prompt": workflow, "client_id": client_id}
+    job_id = requests.post(f"http://{address}/prompt", json=body, timeout=60).json()["prompt_id"]
+    said: list[str] = []
+    while True:
+        message = json.loads(line.recv())
+        if message["type"] == "executing" and message["data"] == {"node": None, "prompt_id": job_id}:
+            break
+        if message["type"].startswith("execution_") and message["type"] != "execution_cached":
+            said.append(message["type"])
+    line.close()
+    history = requests.get(f"http://{address}/history/{job_id}", timeout=60).json()[job_id]
+    files = [file for output in history["outputs"].values() for file in output.get("images", [])]
+    return said, [requests.get(f"http://{address}/view", params=file, timeout=60).content for file in files]
+
+
 def watch_jobs(cloud: LocalCloud, job_ids: list[str]) -> dict[str, dict[str, Any]]:
     """Show a bar until every job has its receipt; return the receipts."""
     s3 = cloud.client("s3")
@@ -158,6 +243,8 @@ def watch_jobs(cloud: LocalCloud, job_ids: list[str]) -> dict[str, dict[str, Any
                 except s3.exceptions.NoSuchKey:
                     continue
                 results[job_id] = json.loads(body)
+        for machine in fleet_of(cloud):
+            refuse_ended_comfyui(machine)
         bar = "█" * (30 * len(results) // len(job_ids))
         timeline.show(f"[{bar:░<30}] {len(results)}/{len(job_ids)} jobs done", is_last=len(results) == len(job_ids))
         if timeline.seconds() > 300:
@@ -327,7 +414,7 @@ def tell_story(folder: Path, jobs: int) -> None:
             [g["DesiredCapacity"] for g in groups(cloud)] == [0],
         )
 
-        workflow = [str(Path(os.environ["DEMO_WORKFLOW"]).resolve())] if os.environ.get("DEMO_WORKFLOW") else []
+        workflow = choose_workflow(base)
         command = ["./send_job.py", *workflow, "--env", "pro", "--count", str(jobs)]
         said = run_on_base(base, sender, *command)
         job_ids = [line.split()[-1] for line in said if line.startswith("Message sent successfully:")]
@@ -378,6 +465,9 @@ def tell_story(folder: Path, jobs: int) -> None:
             version["VersionNumber"] for version in versions["LaunchTemplateVersions"] if version["DefaultVersion"]
         ]
         check("the next instances start from the new image", in_use == [2] and len(set(images)) == 2, versions)
+
+        serve_a_client(base, sender, workflow[0] if workflow else str(base / "simple_workflow.json"))
+        fleet = [machine.instance_id for machine in fleet_of(cloud)]
 
         run_on_base(base, operator, "./delete_env.sh", "pro", "--yes")
         left = what_is_left(cloud, fleet)
