@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aws_cli_server import AWS_CLI_SOCKET, AwsCliServer, aws_clis
 from local_cloud import LocalCloud, Machine
 from workplace import Sample, Site, await_that, group_of
 from workshop import Calls
@@ -29,24 +30,65 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Choose a seed where none is given, before the processes that run the tests are told."""
+    """Choose a seed where none is given. The processes that run the tests take that of the one that started them."""
     if config.option.seed is None:
-        config.option.seed = random.randrange(1_000_000)
+        config.option.seed = getattr(config, "workerinput", {}).get("seed", random.randrange(1_000_000))
 
 
-def pytest_report_header(config: pytest.Config) -> str:
+def pytest_configure_node(node: Any) -> None:
+    """Tell such a process the seed."""
+    node.workerinput["seed"] = node.config.option.seed
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Start an AWS CLI for all processes that run the tests. They inherit where it is."""
+    if AWS_CLI_SOCKET not in os.environ:
+        server = AwsCliServer()
+        os.environ[AWS_CLI_SOCKET] = server.socket
+        session.config.add_cleanup(server.end)
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
     """What repeats this run."""
-    return "every point is tested (--full)" if config.option.full else f"samples: --seed {config.option.seed}"
+    chosen = "every point is tested (--full)" if config.option.full else f"samples: --seed {config.option.seed}"
+    return [chosen, f"AWS CLI: version {max(aws_clis())}"]
+
+
+def take_samples(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of the tests that are marked as alike keep as many as their mark says, chosen by the seed."""
+    alike: dict[str, list[pytest.Item]] = {}
+    sizes: dict[str, int] = {}
+    for item in items:
+        if mark := item.get_closest_marker("sampled"):
+            group, sizes[group] = mark.args
+            alike.setdefault(group, []).append(item)
+    if config.option.full or config.option.keyword or any("::" in argument for argument in config.args):
+        return  # all, or what was named
+    left_out: set[pytest.Item] = set()
+    for group, members in alike.items():
+        chance = random.Random(f"{config.option.seed} {group}")
+        left_out.update(chance.sample(members, max(0, len(members) - sizes[group])))
+    items[:] = [item for item in items if item not in left_out]
+    config.hook.pytest_deselected(items=list(left_out))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deal the tests so that each process begins with its share of the slow ones: it is given a run of the list."""
+    """Deal the tests: each process is given a run of the list. It begins with its share of the slow ones.
+
+    A module's other tests stay together, because what they share is then made in one process and not in each.
+    """
     given = getattr(config, "workerinput", {}).get("workercount") or config.getoption("numprocesses", None)
     processes = int(given or 1)
+    take_samples(config, items)
     slow = [item for item in items if item.get_closest_marker("slow")]
-    rest = [item for item in items if not item.get_closest_marker("slow")]
-    dealt = [slow[number::processes] + rest[number::processes] for number in range(processes)]
-    items[:] = [item for share in dealt for item in share]
+    modules: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        if not item.get_closest_marker("slow"):
+            modules.setdefault(item.path, []).append(item)
+    shares = [slow[number::processes] for number in range(processes)]
+    for module in sorted(modules.values(), key=len, reverse=True):
+        min(shares, key=len).extend(module)
+    items[:] = [item for share in shares for item in share]
 
 
 @pytest.fixture

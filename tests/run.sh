@@ -26,8 +26,18 @@ main() {
   # What Python has compiled is kept: the tests start hundreds of processes.
   export PYTHONDONTWRITEBYTECODE=
 
-  lint
-  exec pytest --numprocesses 5 --dist worksteal "$@"
+  # The checks run beside the tests, and are heard in the end.
+  local said checks code=0
+  said=$(mktemp)
+  lint &>"$said" &
+  checks=$!
+  # Once, and not once in each process: pytest rewrites the assertions of all tests and keeps what it has written.
+  (($# > 0)) || pytest --collect-only -qq &>/dev/null || true # what is wrong is told below
+  pytest --numprocesses 8 --dist worksteal "$@" || code=$?
+  wait "$checks" || code=1
+  cat "$said"
+  rm "$said"
+  return "$code"
 }
 
 # lint: the checks beside each other, as they take a third of the time so. All are heard, one after the other.
