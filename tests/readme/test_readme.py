@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from botocore import xform_name
+from botocore.session import Session
 from places import ROOT
 
 import send_job
@@ -175,7 +177,7 @@ def test_there_are_commands_in_sentences() -> None:
 
 
 def test_python_in_the_pages_names_what_there_is() -> None:
-    assert len(blocks("python")) == 2
+    assert len(blocks("python")) == 4
     for block, _ in blocks("python"):
         ast.parse(block)
     table = page("jobs.md").partition("| call | what it does |")[2].partition("\n\n")[0]
@@ -213,20 +215,80 @@ def test_the_receiver_in_the_pages_accepts_what_a_worker_signs_and_nothing_else(
 
 @pytest.mark.parametrize("name", PAGES)
 def test_every_file_and_folder_of_the_project_that_is_named_is_there(name: str) -> None:
-    ours = re.compile(r"(?:provision|worker|operate|tests|systemd|docs)/[\w./]*|[a-z_]+\.(?:sh|py)")
+    ours = re.compile(
+        r"(?:boot|provision|ground|worker|sender|operate|tests|systemd|docs)/[\w./]*|[a-z_]+\.(?:sh|py)"
+    )
     named = {span for span in spans(PAGES[name].read_text()) if ours.fullmatch(span)}
     assert {path for path in named if not (ROOT / path).exists() and "/" in path} == set()
-    rooms = {path.name for folder in ("provision", "worker", "operate") for path in (ROOT / folder).glob("*")}
+    rooms = {
+        path.name
+        for folder in (
+            "boot",
+            "provision",
+            "ground",
+            "worker",
+            "sender",
+            "operate",
+            "operate/gateway",
+            "tests/machine",
+        )
+        for path in (ROOT / folder).glob("*")
+    }
     assert {path for path in named if "/" not in path and path not in rooms and not (ROOT / path).exists()} == set()
 
 
-@pytest.mark.parametrize("folder", ["provision", "worker", "operate"])
+@pytest.mark.parametrize("folder", ["boot", "provision", "ground", "worker", "sender", "operate", "operate/gateway"])
 def test_every_room_is_in_the_page_on_development(folder: str) -> None:
     rooms = {path.name for path in (ROOT / folder).glob("[!._]*.*")}
     table = page("development.md").partition(f"| `{folder}/` |")[2].partition("\n\n")[0]
     named = [name for row in table.splitlines()[2:] for name in spans(row.split("|")[1])]
     assert rooms
     assert sorted(named) == sorted(rooms)
+
+
+def calls_of_scripts() -> set[str]:
+    """`service operation`, as the scripts call the AWS CLI."""
+    found = set()
+    for path in [*ROOT.glob("*.sh"), *ROOT.glob("provision/*.sh"), *ROOT.glob("boot/*.sh")]:
+        code = re.sub(r"^ *#.*", "", path.read_text(), flags=re.MULTILINE)
+        pattern = r"\baws (?:\"\S+\" )?(ec2|autoscaling|sqs|s3api|iam|cloudwatch|sns|sts|service-quotas|resourcegroupstaggingapi) ([a-z0-9-]+)"
+        found |= {" ".join(call) for call in re.findall(pattern, code)}
+        found |= {f"autoscaling {operation}" for operation in re.findall(r"\btell_aws ([a-z-]+)", code)}
+    told = {"ec2 create-vpc-endpoint", "ec2 modify-subnet-attribute", "service-quotas request-service-quota-increase"}
+    assert told < found
+    return found - told  # what somebody else is advised to call
+
+
+def calls_of_python() -> set[str]:
+    """The operations that are called by boto3."""
+    found: set[str] = set()
+    for path in [
+        *ROOT.glob("*.py"),
+        *(path for room in ("ground", "worker", "sender", "operate") for path in (ROOT / room).rglob("*.py")),
+    ]:
+        found |= set(re.findall(r"""(?:[a-z]\.|")([a-z]+_[a-z_0-9]+)(?:\(|"\))""", path.read_text()))
+    names = {
+        xform_name(operation): operation
+        for service in ("sqs", "s3", "autoscaling", "cloudwatch", "ec2", "sts")
+        for operation in Session().get_service_model(service).operation_names
+    }
+    return {names[name] for name in found & names.keys()}
+
+
+def test_the_page_on_calls_has_every_call() -> None:
+    named = [word for span in spans(page("aws-calls.md")) for word in span.split()]
+    starts = tuple(word.removesuffix("…") for word in named if re.fullmatch(r"[a-z]+-…", word))
+    services = {span.split()[0] for span in spans(page("aws-calls.md")) if " " in span}
+    calls = [call.split() for call in sorted(calls_of_scripts())]
+    assert len(calls) > 60
+    unnamed = [
+        operation for service, operation in calls if operation not in named and not operation.startswith(starts)
+    ]
+    assert unnamed == []
+    assert {service for service, _ in calls} - services == set()
+    operations = calls_of_python()
+    assert len(operations) > 15
+    assert sorted(operations - set(named)) == []
 
 
 # --- The pages themselves --------------------------------------------------------------------------------
