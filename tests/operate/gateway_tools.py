@@ -136,7 +136,10 @@ class Client:
 
 
 def start_instance(site: Site, folder: Path) -> list[subprocess.Popen[bytes]]:
-    """One more instance on a site's environment, in a folder of its own: a ComfyUI and a worker."""
+    """One more instance on a site's environment, in a folder of its own: a ComfyUI and a worker.
+
+    When it is killed its last long poll still stands, and may take what the next test sends: that comes back soon.
+    """
     for part in ("logs", "job-output", "ComfyUI/input", "ComfyUI/output", "ComfyUI/models/checkpoints"):
         (folder / part).mkdir(parents=True)
     copy_scripts(folder)
@@ -146,7 +149,7 @@ def start_instance(site: Site, folder: Path) -> list[subprocess.Popen[bytes]]:
     (folder / "ComfyUI/input/broken.png").write_text("no picture")
     port = free_port()
     text = (site.folder / "env").read_text().replace(f"127.0.0.1:{site.port}", f"127.0.0.1:{port}")
-    (folder / "env").write_text(text)
+    (folder / "env").write_text(f"{text}VISIBILITY_TIMEOUT=30\n")
     environment = site.environment() | {"LOCAL_INSTANCE_DIR": str(folder)}
     out = str(folder / "job-output")
     started = []

@@ -159,13 +159,16 @@ class Audit:
         if job.must.own_failures:
             faults = [fault for delivery in self.deliveries[job.id] for fault in self.faults_during(job, delivery)]
             times = 2 if job.kind == "out of memory" else 1  # which is tried once more on freed memory
-            # Where ComfyUI ends at once, the job before, whose end was not heard any more, is taken for the one that ran.
+            # Where a job ends ComfyUI, the one before, whose end was not heard any more, may be taken for it; and one
+            # that waits for its turn, also to be tried on freed memory, is handed to the next ComfyUI anew.
             unheard = sum(
-                first.ending == "died" and not any(first.at < d.at <= second.at for d in self.deliveries[job.id])
+                first.pid in self.died_at
+                and first.pid != second.pid
+                and not any(first.at < d.at <= second.at for d in self.deliveries[job.id])
                 for first, second in pairwise(starts)
             )
             self.explained.update({"ComfyUI ended unheard": unheard} if unheard else {})
-            may = times * (job.must.own_failures + len(faults)) + (job.must.expect == "succeeded") + unheard
+            may = times * (job.must.own_failures + len(faults) + unheard) + (job.must.expect == "succeeded")
             if len(starts) > may:
                 self.wrongs["UNEXPLAINED RE-RUNS"].append(f"{story}: {self.describe(job)}")
             return
