@@ -6,7 +6,8 @@ it, and started like ComfyUI's own main.py; arguments it does not know are ignor
 ComfyUI does, and needs aiohttp and Pillow. test_comfyui_standin.py holds it, or a real server, against
 every recorded case.
 
-Its own nodes, for tests: StandinSleep (slow, silent, interruptible), StandinOutOfMemory (fails `times`
+Its own nodes, for tests: StandinSleep (slow, silent, interruptible; with `until`, the path of a file, its seconds begin
+when there is one), StandinOutOfMemory (fails `times`
 times in this server's life; without `times` always), StandinFullDisk (likewise, as a saver on a full disk),
 StandinCrash (the process dies after `seconds`; with `once`, the path of a file that it makes, only where there is
 none), StandinDeadExecutor
@@ -1201,9 +1202,18 @@ def pass_image(call: Call) -> Result:
     return [call.inputs.get("image") or Frames([Image.new("RGB", (64, 64))])], {}
 
 
-@node("StandinSleep", "IMAGE", seconds=number("FLOAT", 1.0, 0.0, 86400.0), image=OPTIONAL_IMAGE)
+@node(
+    "StandinSleep",
+    "IMAGE",
+    seconds=number("FLOAT", 1.0, 0.0, 86400.0),
+    image=OPTIONAL_IMAGE,
+    until=["STRING", {"optional": True}],
+)
 def sleep(call: Call) -> Result:
     """Be slow and silent; an interrupt is noticed at once."""
+    while (until := call.inputs.get("until")) and not Path(until).exists():
+        call.run.executor.check_interrupt()
+        time.sleep(0.05)
     end = time.monotonic() + call["seconds"]
     while (rest := end - time.monotonic()) > 0:
         call.run.executor.check_interrupt()

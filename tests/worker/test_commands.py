@@ -84,7 +84,7 @@ def test_a_running_command_is_cancelled_with_its_children(make_site: Callable[..
 def test_a_command_runs_alone_unless_it_is_asked_to_run_beside(make_site: Callable[..., Site], beside: str) -> None:
     site = make_site(EXEC_CMD="always", EXEC_CMD_BESIDE=beside)
     start(site)
-    first, (command, second) = fetch_ahead(site, 4, {"exec_cmd": "sleep 1; date +%s.%N"}, image_workflow(1))
+    first, (command, second) = fetch_ahead(site, 8, {"exec_cmd": "sleep 1; date +%s.%N"}, image_workflow(1))
     results = {job_id: site.await_result(job_id) for job_id in (first, command, second)}
     ended = float(results[command]["values"]["command"]["output"])
     runs = [started_and_ended(site, job_id) for job_id in (first, second)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -131,14 +132,19 @@ def started_and_ended(site: Site, job_id: str) -> tuple[float, float]:
     return entries[0]["time"], entries[-1]["time"]
 
 
-def fetch_ahead(site: Site, seconds: float, *bodies: object) -> tuple[str, list[str]]:
+def fetch_ahead(site: Site, seconds: float, *bodies: object, until: Path | None = None) -> tuple[str, list[str]]:
     """A job of `seconds` that runs, and those that were fetched ahead meanwhile and stand behind it.
+
+    With `until` the seconds begin when there is such a file.
 
     The site's SCALE_COOLDOWN is short, so that its worker looks every second how many wait.
     """
     site.await_result(site.send(image_workflow()))  # so that the worker knows jobs to be short
     site.await_empty_queue()
-    first = site.send(image_workflow(seconds))
+    slow = image_workflow(seconds)
+    if until is not None:
+        slow["2"]["inputs"]["until"] = str(until)
+    first = site.send(slow)
     await_that("the first is taken", lambda: site.depth() == (0, 1))  # one receive might bring all, in any order
     ids = [site.send(body) for body in bodies or (image_workflow(),)]
     await_that("the first runs", lambda: site.runs(first))
@@ -146,9 +152,14 @@ def fetch_ahead(site: Site, seconds: float, *bodies: object) -> tuple[str, list[
 
 
 def fetch_one_ahead(site: Site, seconds: float, body: object = None) -> tuple[str, str]:
-    """Likewise one workflow, which is known to stand there."""
-    first, (second,) = fetch_ahead(site, seconds, body or image_workflow())
-    await_that("the second stands in ComfyUI's queue", lambda: second in pending(site))
+    """Likewise one workflow, which is known to stand there when the first one's seconds begin."""
+    is_there = site.folder / f"is-there-{uuid.uuid4().hex}"
+    first, (second,) = fetch_ahead(site, seconds, body or image_workflow(), until=is_there)
+    try:
+        await_that("the second stands in ComfyUI's queue", lambda: second in pending(site))
+    except AssertionError as error:
+        raise AssertionError(f"{error}; the workers said\n{site.log()}") from error
+    is_there.touch()
     return first, second
 
 

@@ -200,7 +200,7 @@ def test_a_failed_job_names_its_node(sdk: Comfy) -> None:
 
 def test_jobs_are_cancelled_while_they_wait_and_while_they_run(sdk: Comfy) -> None:
     running = []
-    for _ in range(2):  # sent at once, one instance might take both, and keep the second behind the first for a minute
+    for _ in range(2):  # sent at once, one instance might take both, and keep the second waiting for a minute
         running.append(sdk.submit(sdk.workflows.from_json(image_workflow(300))))
         await_that("it runs", partial(is_running, running[-1]))
     waiting = sdk.submit(sdk.workflows.from_json(image_workflow()))
