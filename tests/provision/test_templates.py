@@ -22,10 +22,6 @@ from environment_pro import ALARM
 from local_cloud import ACCOUNT_ID, REGION
 from places import ROOT, copy_scripts
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # it uses a part of setuptools that is going to go
-    from parliament import analyze_policy_string
-
 TEMPLATES = ROOT / "provision/templates"
 TOPIC = f"arn:aws:sns:{REGION}:{ACCOUNT_ID}:operators"
 ROOMS = "common aws names fill checks queues bucket trigger permissions image template group watching drain"
@@ -129,6 +125,9 @@ POLICIES: dict[str, Callable[[Any], Any]] = {
 
 
 def findings(policy: Any) -> list[tuple[str, str]]:
+    with warnings.catch_warnings():  # here, because it reads 10 MB
+        warnings.simplefilter("ignore")  # it uses a part of setuptools that is going to go
+        from parliament import analyze_policy_string
     return [(found.issue, str(found.detail)) for found in analyze_policy_string(json.dumps(policy)).findings]
 
 
