@@ -92,7 +92,7 @@ def test_a_job_over_its_time_takes_no_other_with_it(make_site: Callable[..., Sit
 
 def test_behind_a_job_that_turns_out_long_nobody_waits(make_site: Callable[..., Site]) -> None:
     site = make_site(SCALE_COOLDOWN="4")
-    speed_up(site, "worker/scaling.py", {"AHEAD_LIMIT_S = 60": "AHEAD_LIMIT_S = 10"})
+    speed_up(site, "worker/scaling.py", {"AHEAD_LIMIT_S = 60": "AHEAD_LIMIT_S = 20"})
     start(site)
     first, second = fetch_one_ahead(site, 600)
     await_that("the second is given back", lambda: site.depth() == (1, 1))

@@ -21,9 +21,9 @@ from worker.queue import Queue
 
 
 def test_a_long_job_is_held_and_not_run_twice(make_site: Callable[..., Site]) -> None:
-    site = make_site(VISIBILITY_TIMEOUT="3")
+    site = make_site(VISIBILITY_TIMEOUT="6")
     site.start_comfyui()
-    job_id = site.send(image_workflow(8))
+    job_id = site.send(image_workflow(14))
     for _ in range(2):
         site.start_worker()
     result = site.await_result(job_id)
