@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from aws_cli_server import AWS_CLI_SOCKET, AwsCliServer, aws_clis
 from local_cloud import LocalCloud, Machine
+from places import written_in_place
 from workplace import Sample, Site, await_that, group_of
 from workshop import Calls
 
@@ -105,6 +106,13 @@ def sample(request: pytest.FixtureRequest) -> Sample:
         return [points[number] for number in sorted(taken)]
 
     return take
+
+
+@pytest.fixture(scope="session", autouse=True)
+def scripts_stay_as_they_are() -> Iterator[None]:
+    """No test changes the files that the others' folders link to."""
+    yield
+    assert written_in_place() == []
 
 
 @pytest.fixture(scope="session")

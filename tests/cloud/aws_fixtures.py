@@ -30,7 +30,7 @@ from aws_cli_server import AWS_CLI_SOCKET
 from botocore.exceptions import ClientError
 from local_cloud import ACCOUNT_ID, REGION, LocalCloud
 from local_network import open_a_way_out
-from places import CLOUD, copy_scripts
+from places import CLOUD, link_scripts
 
 CALL_LIMIT_S = 300.0
 GROUND = ("common", "aws", "names", "fill")
@@ -360,7 +360,7 @@ class Bundle:
         self.aws = aws
         self.env_file = folder / "env"
         folder.mkdir()
-        copy_scripts(folder)
+        link_scripts(folder)
         self.env_file.write_text(ENV_FILE)
 
     def set(self, **settings: str) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import py_compile
 import shutil
+import tempfile
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +23,33 @@ def copy_scripts(folder: Path, root: Path = ROOT) -> None:
     for room in ROOMS:
         if (root / room).is_dir():
             shutil.copytree(root / room, folder / room)
+
+
+def link_scripts(folder: Path) -> None:
+    """The same, but the rooms' files are links to one copy of this process, as to write them takes a tenth of a whole
+    test run. Who changes one puts another in its place."""
+    copy, _ = the_copy()
+    for path in copy.iterdir():
+        if path.is_dir():
+            shutil.copytree(path, folder / path.name, copy_function=os.link)
+        else:
+            shutil.copy2(path, folder)
+
+
+@cache
+def the_copy() -> tuple[Path, dict[Path, int]]:
+    """What `link_scripts` links to, which goes with this process, and when each file was last written."""
+    place = tempfile.TemporaryDirectory(prefix="scripts-")
+    atexit.register(place.cleanup)
+    copy = Path(place.name)
+    copy_scripts(copy)
+    return copy, {path: path.stat().st_mtime_ns for path in copy.rglob("*") if path.is_file()}
+
+
+def written_in_place() -> list[str]:
+    """What a test has written into the files that all share."""
+    copy, written = the_copy() if the_copy.cache_info().currsize else (ROOT, {})
+    return [str(path.relative_to(copy)) for path, at in written.items() if path.stat().st_mtime_ns != at]
 
 
 def copy_bytecode(folder: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from local_cloud import ACCOUNT_ID, REGION, LocalCloud, free_port
-from places import CLOUD, copy_bytecode, copy_comfyui, copy_scripts
+from places import CLOUD, copy_bytecode, copy_comfyui, link_scripts
 
 LIMIT_S = float(os.environ.get("TEST_LIMIT_S", "90"))  # generous, because the machine may be busy
 Sample = Callable[[Sequence[Any], int], list[Any]]
@@ -54,7 +54,7 @@ class Site:
         )["QueueUrl"]
         for part in ("logs", "job-output", "ComfyUI/input", "ComfyUI/output", "ComfyUI/models/checkpoints"):
             (folder / part).mkdir(parents=True)
-        copy_scripts(folder)
+        link_scripts(folder)
         copy_bytecode(folder)
         (folder / "ComfyUI/models/checkpoints/v1-5-pruned-emaonly-fp16.safetensors").touch()
         (folder / "ComfyUI/input/broken.png").write_text("no picture")

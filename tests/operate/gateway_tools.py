@@ -16,7 +16,7 @@ from typing import Any
 import requests
 import websocket
 from local_cloud import free_port
-from places import copy_bytecode, copy_comfyui, copy_scripts
+from places import copy_bytecode, copy_comfyui, link_scripts
 from workplace import LIMIT_S, Site, await_that
 
 Message = dict[str, Any]
@@ -142,7 +142,7 @@ def start_instance(site: Site, folder: Path) -> list[subprocess.Popen[bytes]]:
     """
     for part in ("logs", "job-output", "ComfyUI/input", "ComfyUI/output", "ComfyUI/models/checkpoints"):
         (folder / part).mkdir(parents=True)
-    copy_scripts(folder)
+    link_scripts(folder)
     copy_bytecode(folder)
     copy_comfyui(folder / "ComfyUI")
     (folder / "ComfyUI/models/checkpoints/v1-5-pruned-emaonly-fp16.safetensors").touch()

@@ -20,7 +20,7 @@ import boto3
 import pytest
 from aws_cli_server import AWS_CLI_SOCKET
 from local_cloud import metadata_handler
-from places import CLOUD, ROOT, copy_scripts
+from places import CLOUD, ROOT, link_scripts
 
 PATIENCE_SECONDS = 30.0
 
@@ -121,7 +121,7 @@ class Machine:
         self.state = folder / "state"
         for made in (self.comfyui, self.home / "venv/bin", self.stubs, self.state):
             made.mkdir(parents=True)
-        copy_scripts(self.home)
+        link_scripts(self.home)
         (self.home / "env").write_text(ENV_FILE)
         (self.home / "venv/bin/python").symlink_to(sys.executable)
         (self.comfyui / "main.py").write_text(REPORT)
