@@ -214,9 +214,10 @@ class Outputs:
         ]
         window = window_ns(entry)
         if window is not None and not self._is_base:
-            # The next one's first files may bear a time before its start: where it may have any, they are its own.
+            # A job's first files may bear a time before its start. Where another holds the ground, those are its own.
             is_ours = self._holder is None and not self._marker.exists()
-            self._bring(job_id, self._strays(window[0], window[1] - (0 if is_ours else TICK_NS)))
+            since_ns, until_ns = (window[0] - TICK_NS, window[1]) if is_ours else (window[0], window[1] - TICK_NS)
+            self._bring(job_id, self._strays(since_ns, until_ns))
 
     def locate(self, job_id: str, file: OutputFile) -> Path | None:
         """Where a file is that the history names; None where nothing is, or not in ComfyUI's folders."""
