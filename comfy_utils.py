@@ -346,8 +346,9 @@ class Job:
     """s3://bucket/key of the file whose arrival, told by S3, is this job."""
     retry_of: str | None = None
     """The id of the dead job that was sent again as this one."""
-    live: bool = False
-    """Somebody follows each of its steps: progress.json is written twice a second and not every five."""
+    live: bool | Literal["when watched"] = False
+    """Somebody follows each of its steps, or says so by `watched_key`: progress.json is then written twice a second and
+    not every five."""
     warnings: tuple[str, ...] = ()
     """What stands in the message and is not used."""
 
@@ -389,6 +390,11 @@ def attempts_key(job_id: str) -> str:
 def cancel_key(job_id: str) -> str:
     """The S3 key of the empty object that cancels a job."""
     return f"input/jobs/{job_id}.cancel"
+
+
+def watched_key(job_id: str) -> str:
+    """The S3 key of the empty object that says of a job which is live when watched that somebody watches it."""
+    return f"input/jobs/{job_id}.watched"
 
 
 ENDED = "input/jobs/ended/"

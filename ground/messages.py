@@ -44,7 +44,7 @@ def parse_message(body: str, message_id: str) -> Job:
     {"workflow_key": "input/jobs/<job_id>.json"} stands for a workflow too large for a message, 4. what S3 sends when a
     file has come into input/jobs/; each of them in an envelope of SNS or EventBridge as well. The extras but inputs
     and extra_data may stand beside exec_cmd, too, and so may "retry_of", the id of the dead job that is sent anew,
-    and "live": true, where somebody follows each step.
+    and "live": true, where somebody follows each step, or "when watched".
     Without a job_id or a prompt_id the envelope's id or `message_id`, UUIDs too, serve. Raises InvalidMessageError and NothingToRunError.
     """
     message, own_id = open_message(load_json("the message", body), message_id)
@@ -126,7 +126,7 @@ def _parse_job(message: dict[str, Any], kinds: list[str], own_id: str) -> Job:
         inputs=inputs,
         extra_data=extra_data,
         retry_of=retry_of,
-        live=message.get("live") is True,
+        live="when watched" if message.get("live") == "when watched" else message.get("live") is True,
         warnings=warnings,
     )
     if "exec_cmd" in kinds:

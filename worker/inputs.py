@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from comfy_utils import InvalidWorkflowError, Job, Settings, Workflow, cancel_key, is_job_id, load_json
+from comfy_utils import InvalidWorkflowError, Job, Settings, Workflow, cancel_key, is_job_id, load_json, watched_key
 from ground.messages import parse_workflow_file
 from worker.bucket import Bucket
 from worker.errors import explain
@@ -113,15 +113,21 @@ class Inputs:
         """Whether the job's sender has cancelled it."""
         return self._bucket.head(cancel_key(job_id)) is not None
 
+    def is_watched(self, job_id: str) -> bool:
+        """Whether somebody follows the job's steps."""
+        return self._bucket.head(watched_key(job_id)) is not None
+
     def remove(self, job: Job, error: Mapping[str, Any] | None) -> None:
-        """Remove what was put there for a job that has ended in `error`: the inputs of all its tries, its cancel."""
+        """Remove what was put there for a job that has ended in `error`: the inputs of all its tries, its marks."""
         if job.inputs:
             self.remove_files(job.id)
-        if (error or {}).get("kind") == "cancelled":
+        marks = [cancel_key(job.id)] if (error or {}).get("kind") == "cancelled" else []
+        marks += [watched_key(job.id)] if job.live == "when watched" else []
+        for mark in marks:
             try:
-                self._bucket.delete(cancel_key(job.id))
+                self._bucket.delete(mark)
             except Exception as reason:
-                logger.info("The cancel of job %s stays: %s", job.id, explain(reason))
+                logger.info("%s stays: %s", mark, explain(reason))
 
     def remove_files(self, job_id: str) -> None:
         """Remove a job's inputs, those of all its tries."""

@@ -33,7 +33,7 @@ from worker.in_hand import InHand
 from worker.inputs import Inputs
 from worker.lease import Lease
 from worker.mount import Mount
-from worker.progress import Progress
+from worker.progress import Pace, Progress
 from worker.reports import Reports
 from worker.results import CALLBACK_TRIES, Ran, Result, Results
 from worker.retry import Patience, backoff_s, every
@@ -45,9 +45,6 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-PROGRESS_S = 5
-LIVE_S = 0.4
-"""The same where somebody follows each step, who looks twice a second."""
 STOP_S = 3
 """So long the running job waits, when all are given back, for those behind it to be taken out of the queue."""
 NEVER_STARTED_LIMIT = 5
@@ -347,12 +344,17 @@ class Jobs:
         stopped_at: list[float] = []
 
         pictures = self.results.outputs.pictures(job.id, workflow)
+        pace = Pace(job, self.inputs.is_watched)
 
         def note(event: dict[str, Any]) -> None:
             if event["type"] == "execution_start":
                 self.in_hand.note_running(job.id)
             progress.note(event)
             pictures.note(event)
+
+        def tell() -> None:
+            if pace.is_time():
+                self._tell(progress)
 
         def should_stop() -> bool:
             """Those behind it are taken out first, or they would begin to run."""
@@ -384,7 +386,7 @@ class Jobs:
 
         with (
             self.in_hand.running(job.id, self._may_not_start(lease, cancel), alone=has_died),
-            every(LIVE_S if job.live else PROGRESS_S, lambda: self._tell(progress)),
+            every(pace.turn_s, tell),
             self.results.outputs.held(job.id, workflow, lambda: should_stop() or should_withdraw()),
         ):
             # It stood behind another, which may have killed ComfyUI. To give it back would use up an attempt.

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from comfy_utils import Workflow, iso
+from comfy_utils import Job, Workflow, iso
+
+PROGRESS_S = 5
+LIVE_S = 0.4
+"""The same where somebody follows each step, who looks twice a second."""
+SOON_S, LOOK_S = 1.0, 5.0
+"""Between the first two looks whether somebody does, as who opens a stream mostly does it right after sending, and
+between all that follow."""
 
 
 class Progress:
@@ -63,6 +71,32 @@ class Progress:
             **({"usual_run_s": round(self.usual_run_s, 1)} if self.usual_run_s is not None else {}),
             "updated_at": iso(datetime.now(UTC)),
         }
+
+
+class Pace:
+    """How often what a job does is told: more often where somebody follows it, which is looked for where its message
+    says so. Of any other nothing is asked."""
+
+    def __init__(self, job: Job, is_watched: Callable[[str], bool]) -> None:
+        self.turn_s = LIVE_S if job.live else PROGRESS_S
+        """So often it is to be asked whether it is time."""
+        self._job_id = job.id
+        self._is_watched = is_watched
+        self._each_turn = job.live != "when watched"
+        self._looks = 0
+        self._look_at = self._tell_at = time.monotonic()  # that it runs is told at once
+
+    def is_time(self) -> bool:
+        """Whether it is time to tell. Raises what boto3 raises."""
+        now = time.monotonic()
+        if not self._each_turn and now >= self._look_at:
+            self._looks += 1
+            self._look_at = now + (SOON_S if self._looks == 1 else LOOK_S)
+            self._each_turn = self._is_watched(self._job_id)
+        if not self._each_turn and now < self._tell_at:
+            return False
+        self._tell_at = now + PROGRESS_S
+        return True
 
 
 def title_of(node: Mapping[str, Any]) -> str | None:

@@ -74,8 +74,12 @@ class ApiEvents:
 
     # --- What a stream asks for --------------------------------------------------------------------------
 
-    def watch(self, job_id: str) -> AsyncIterator[dict[str, Any]]:
-        return self._watch(job_id)
+    async def watch(self, standing: Standing) -> AsyncIterator[dict[str, Any]]:
+        """What happens to a job, of which its worker tells more often from now on."""
+        if standing.entry:
+            await self._jobs.note_watched(standing.entry)
+        async for news in self._watch(standing.job_id):
+            yield news
 
     def place(self, job_id: str) -> int | None:
         return self._about_jobs.place(job_id)
@@ -130,7 +134,7 @@ class Stream:
         if standing.progress:
             await self._progress(standing.progress)
         news: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        watching = asyncio.create_task(self._listen(news))
+        watching = asyncio.create_task(self._listen(standing, news))
         try:
             await self._follow(news, standing)
         finally:
@@ -138,8 +142,8 @@ class Stream:
             with suppress(asyncio.CancelledError):
                 await watching
 
-    async def _listen(self, news: asyncio.Queue[dict[str, Any]]) -> None:
-        async for event in self._events.watch(self._job_id):
+    async def _listen(self, standing: Standing, news: asyncio.Queue[dict[str, Any]]) -> None:
+        async for event in self._events.watch(standing):
             news.put_nowait(event)
 
     async def _follow(self, news: asyncio.Queue[dict[str, Any]], standing: Standing) -> None:

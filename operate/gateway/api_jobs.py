@@ -117,7 +117,7 @@ class ApiJobs:
         try:
             # A client that goes away now has posted all the same: what is sent is noted as well.
             entry = await asyncio.shield(
-                self._jobs.post(job_id, resolved.workflow, extra_data, posted, inputs=resolved.inputs, is_live=True)
+                self._jobs.post(job_id, resolved.workflow, extra_data, posted, inputs=resolved.inputs)
             )
         except InvalidMessageError as error:
             hold.is_kept = False

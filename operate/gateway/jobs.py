@@ -25,6 +25,7 @@ from comfy_utils import (
     progress_key,
     read_group,
     result_key,
+    watched_key,
 )
 from operate.gateway.cloud import Cloud
 from operate.gateway.index import Entry, Index, mark_of, marks_of, now_ms
@@ -141,13 +142,12 @@ class Jobs:
         posted: Posted,
         *,
         inputs: Mapping[str, str] | None = None,
-        is_live: bool = False,
     ) -> Entry:
         """Put a checked job on the queue, and note it for all.
 
         `extra_data` goes to ComfyUI, secrets among it; what is stored is `posted`. `inputs` are files that the worker
-        fetches first, and `is_live` says that somebody follows each step. An id that is known is not sent again, as
-        it would not run again. Raises BusyError, NotSentError, InvalidMessageError.
+        fetches first. An id that is known is not sent again, as it would not run again. Raises BusyError, NotSentError,
+        InvalidMessageError.
         """
         known = self.index.get(job_id)
         if known:
@@ -155,8 +155,8 @@ class Jobs:
         body: dict[str, Any] = {"prompt": workflow} | ({"extra_data": extra_data} if extra_data else {})
         if inputs:
             body["inputs"] = dict(inputs)
-        if is_live or posted.extra_data.get("client_id"):
-            body["live"] = True  # it has a websocket, or will soon
+        # A client has a websocket, or will soon. Of others the worker hears by note_watched.
+        body["live"] = True if posted.extra_data.get("client_id") else "when watched"
         message = message_of(body, job_id, None)
         shown = {name: value for name, value in posted._asdict().items() if name != "labels" or value}
         record = json.dumps(shown, ensure_ascii=False).encode()
@@ -316,6 +316,14 @@ class Jobs:
         """Take jobs that have ended out of the history. Their receipts and files stay."""
         known = [job_id for job_id in dict.fromkeys(job_ids) if job_id in self.index.ended]
         await asyncio.gather(*(self.index.end(job_id, "deleted") for job_id in known))
+
+    async def note_watched(self, entry: Entry) -> None:
+        """Let the worker know that somebody follows a job's steps, if it does not take that for granted."""
+        if entry.client == mark_of(None):
+            try:
+                await self.cloud.write(watched_key(entry.job_id), b"")
+            except Exception as error:
+                logger.warning("Job %s tells of itself every five seconds only: %s", entry.job_id, error)
 
     async def is_cancelled(self, job_id: str) -> bool:
         """Whether somebody has cancelled a job that has not ended."""

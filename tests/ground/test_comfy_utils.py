@@ -233,6 +233,9 @@ def in_sns(message: object) -> dict[str, object]:
             Job(MESSAGE_ID, workflow=WORKFLOW, extra_data={"api_key_comfy_org": "hush"}, retry_of=JOB_ID),
         ),
         ({"prompt": WORKFLOW, "extra_data": None}, Job(MESSAGE_ID, workflow=WORKFLOW)),
+        ({"prompt": WORKFLOW, "live": True}, Job(MESSAGE_ID, workflow=WORKFLOW, live=True)),
+        ({"prompt": WORKFLOW, "live": "when watched"}, Job(MESSAGE_ID, workflow=WORKFLOW, live="when watched")),
+        ({"prompt": WORKFLOW, "live": 1}, Job(MESSAGE_ID, workflow=WORKFLOW)),
         # As programs made for ComfyUI send it.
         ({"prompt": WORKFLOW, "client_id": "x", "prompt_id": JOB_ID}, Job(JOB_ID, workflow=WORKFLOW)),
         ({"prompt": {"prompt": WORKFLOW, "client_id": "x"}, "job_id": JOB_ID}, Job(JOB_ID, workflow=WORKFLOW)),

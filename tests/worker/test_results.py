@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import Any
 
 import pytest
 from local_cloud import Fault
+from places import ROOT
 from workplace import LIMIT_S, Site, await_that, image_workflow
-from workshop import Calls, make_worker, speed_up, start, started_and_ended
+from workshop import Calls, cancel, make_worker, speed_up, start, started_and_ended
 
-from comfy_utils import ENDED, new_job_id, parse_ended_key
+from comfy_utils import ENDED, Job, new_job_id, parse_ended_key, watched_key
 from ground.answers import OutputFile
+from worker import progress
 
 
 def test_the_first_result_stands(make_site: Callable[..., Site], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,10 +146,60 @@ def peak_mb(pid: int) -> float:
 def test_who_follows_each_step_hears_of_it_at_once(make_site: Callable[..., Site]) -> None:
     """Others hear every five seconds, here never."""
     site = make_site()
-    speed_up(site, "worker/job.py", {"PROGRESS_S = 5\n": "PROGRESS_S = 3600\n"})
+    speed_up(site, "worker/progress.py", {"PROGRESS_S = 5\n": "PROGRESS_S = 3600\n"})
     start(site)
     job_id = site.send({"prompt": image_workflow(600), "live": True})
     await_that("it tells of itself", lambda: site.keys(f"output/{job_id}/progress.json"))
+
+
+def test_who_comes_later_is_looked_for_where_the_message_says_so(make_site: Callable[..., Site]) -> None:
+    site = make_site()
+    speed_up(site, "worker/progress.py", {"PROGRESS_S = 5\n": "PROGRESS_S = 3600\n"})
+    site.variables["STANDIN_STEP_SECONDS"] = "0.5"
+    start(site)
+    workflow = json.loads((ROOT / "simple_workflow.json").read_text())
+    workflow["3"]["inputs"]["steps"] = 1200
+    job_id = site.send({"prompt": workflow, "live": "when watched"})
+
+    def told() -> str:
+        return str(site.s3.get_object(Bucket=site.bucket, Key=f"output/{job_id}/progress.json")["ETag"])
+
+    await_that("it is said that it runs", lambda: site.keys(f"output/{job_id}/progress.json"))
+    first = told()
+    site.s3.put_object(Bucket=site.bucket, Key=watched_key(job_id), Body=b"")
+    await_that("it tells of its steps", lambda: told() != first)
+    cancel(site, job_id)
+    site.await_result(job_id)
+    await_that("its marks are gone", lambda: site.keys(f"input/jobs/{job_id}") == [])
+
+
+def test_nobody_who_is_not_there_costs_a_thing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two looks in the first second of a job, and then one every five; where it is known, none."""
+    now, looks, is_there = [0.0], [0], [False]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+
+    def look(job_id: str) -> bool:
+        assert job_id == "j"
+        looks[0] += 1
+        return is_there[0]
+
+    def told_in(pace: progress.Pace, seconds: float) -> int:
+        told = 0
+        for _ in range(round(seconds / pace.turn_s)):
+            now[0] += pace.turn_s
+            told += pace.is_time()
+        return told
+
+    assert (told_in(progress.Pace(Job("j"), look), 60), looks) == (12, [0])
+    assert (told_in(progress.Pace(Job("j", live=True), look), 60), looks) == (150, [0])
+    pace = progress.Pace(Job("j", live="when watched"), look)
+    assert (told_in(pace, 3), looks) == (1, [2])
+    assert told_in(pace, 57) == pytest.approx(11, abs=1)
+    assert looks[0] == pytest.approx(13, abs=1)
+    is_there[0] = True
+    told_in(pace, 6)
+    looked = looks[0]
+    assert (told_in(pace, 60), looks[0]) == (150, looked), "who has come is looked for no more"
 
 
 def test_progress_says_how_long_such_a_job_ran_before(make_site: Callable[..., Site]) -> None:

@@ -26,7 +26,7 @@ def set_sockets(site: Site, mode: str) -> None:
 @pytest.mark.parametrize("mode", ["refuse", "mute", "close"])
 def test_jobs_run_all_the_same(make_site: Callable[..., Site], mode: str) -> None:
     site = make_site(STALL_TIMEOUT="2", SCALE_COOLDOWN="2")
-    speed_up(site, "worker/job.py", {"PROGRESS_S = 5": "PROGRESS_S = 1"})
+    speed_up(site, "worker/progress.py", {"PROGRESS_S = 5": "PROGRESS_S = 1"})
     start(site)
     set_sockets(site, mode)
     slow = site.send(image_workflow(4))

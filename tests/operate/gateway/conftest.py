@@ -19,7 +19,7 @@ def door(cloud: LocalCloud, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     site = Site(cloud, tmp_path_factory.mktemp("gateway") / "comfy")
     site.variables["STANDIN_NODE_SECONDS"] = "12"  # of an ImageBlur, which is interrupted
     # What a client hears while its job runs comes of the job's being live.
-    speed_up(site, "worker/job.py", {"PROGRESS_S = 5\n": "PROGRESS_S = 3600\n"})
+    speed_up(site, "worker/progress.py", {"PROGRESS_S = 5\n": "PROGRESS_S = 3600\n"})
     install_custom_node(site)
     site.start_comfyui()
     site.start_worker()

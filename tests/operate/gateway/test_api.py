@@ -37,7 +37,7 @@ from gateway_tools import Door, start_instance
 from gateway_walk import picture
 from workplace import LIMIT_S, await_that, image_workflow
 
-from comfy_utils import load_settings
+from comfy_utils import load_settings, watched_key
 from operate.gateway.api_shapes import deleted_at
 from operate.gateway.assets import days_of
 from operate.gateway.claims import Claims
@@ -164,7 +164,7 @@ def test_an_upload_is_found_by_its_name_and_the_newest_counts(sdk: Comfy) -> Non
 
 
 def test_events_come_to_the_end(sdk: Comfy) -> None:
-    job = sdk.submit(sdk.workflows.from_json(image_workflow(2)))
+    job = sdk.submit(sdk.workflows.from_json(image_workflow(6)))
     events = list(job.events())
     said = [event.status for event in events if isinstance(event, StatusChange)]
     assert said[0] in ("queued", "running")
@@ -174,6 +174,19 @@ def test_events_come_to_the_end(sdk: Comfy) -> None:
     progress = [event for event in events if isinstance(event, Progress)]
     assert progress
     assert all(0 <= event.value <= 1 and event.nodes_total == 3 for event in progress)
+
+
+def test_the_worker_hears_of_a_job_whose_events_are_opened_while_it_runs(sdk: Comfy, door: Door) -> None:
+    job = sdk.submit(sdk.workflows.from_json(image_workflow(600)))
+    await_that("it runs", lambda: door.site.runs(job.id))
+    assert not door.site.keys(watched_key(job.id)), "nobody watches it"
+    events = job.events()
+    while not isinstance(next(events), Progress):
+        pass
+    assert door.site.keys(watched_key(job.id))
+    job.cancel()
+    assert list(events)[-1] == StatusChange("canceled")
+    await_that("the mark is gone", lambda: not door.site.keys(watched_key(job.id)))
 
 
 def test_a_refused_workflow_is_told_with_its_node(sdk: Comfy) -> None:
