@@ -924,6 +924,7 @@ class Machine:
         self.side.mkdir(parents=True, exist_ok=True)
         self.off = threading.Event()
         self.services: dict[str, subprocess.Popen[bytes]] = {}
+        self._starts = threading.Lock()  # or one that is started while it is switched off would live on
         self.booted = False
         self._starting: threading.Thread | None = None
         self.booted_at = int(time.time())
@@ -1010,7 +1011,7 @@ class Machine:
         if self._starting is not None:
             self._starting.join()
         if not self.off.is_set():
-            self.off.set()
+            self._stop_starting()
             self._end_services()
 
     def power_on(self) -> None:
@@ -1031,7 +1032,7 @@ class Machine:
 
     def switch_off(self) -> threading.Thread:
         """Shut down: SIGTERM to the services, SIGKILL to what is left. Returns the thread that does it."""
-        self.off.set()
+        self._stop_starting()
 
         def end() -> None:
             self._end_services()
@@ -1040,6 +1041,20 @@ class Machine:
         thread = threading.Thread(target=end)
         thread.start()
         return thread
+
+    def _stop_starting(self) -> None:
+        """From now on no process is started here, and each that was is known."""
+        with self._starts:
+            self.off.set()
+
+    def _start(self, name: str, command: list[str], **more: Any) -> subprocess.Popen[bytes] | None:
+        """Start a process in a group of its own; None where the machine is switched off."""
+        with self._starts:
+            if self.off.is_set():
+                return None
+            process = subprocess.Popen(command, env=self.environment(), start_new_session=True, **more)
+            self.services[name] = process
+            return process
 
     def _end_services(self) -> None:
         processes = list(self.services.values())
@@ -1064,10 +1079,9 @@ class Machine:
         script.write_text(user_data, encoding="utf-8")
         # cloud-init runs user data as root with a bare environment; only where the bundle lies is told.
         with (self.side / "cloud-init-output.log").open("wb") as log:
-            process = subprocess.Popen(
-                ["/bin/bash", str(script)], env=self.environment(), stdout=log, stderr=log, start_new_session=True
-            )
-            self.services["cloud-init"] = process
+            process = self._start("cloud-init", ["/bin/bash", str(script)], stdout=log, stderr=log)
+            if process is None:
+                return
             process.wait()
         (self.side / "cloud-init.done").touch()
 
@@ -1081,20 +1095,9 @@ class Machine:
         if self.cloud.restart_s is not None:
             pause_s = self.cloud.restart_s
         with (self.side / f"{unit.stem}.log").open("ab") as log:
-            while self.is_on():
-                process = subprocess.Popen(
-                    command,
-                    cwd=self.folder,
-                    env=self.environment(),
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
-                )
-                self.services[unit.stem] = process
+            streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
+            while (process := self._start(unit.stem, command, cwd=self.folder, **streams)) is not None:
                 (self.side / f"{unit.stem}.pid").write_text(str(process.pid))  # for the stand-in of systemctl
-                if self.off.is_set():
-                    process.terminate()  # switched off while it was being started
                 process.wait()
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
