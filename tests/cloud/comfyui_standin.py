@@ -534,7 +534,8 @@ class Executor(threading.Thread):
     def write_ledger(self, event: str, prompt_id: str) -> None:
         """Note a start or an end where tests can count them, across restarts and servers."""
         if self.settings.ledger:
-            entry = {"event": event, "prompt_id": prompt_id, "pid": os.getpid(), "time": time.time()}
+            here = str(Path(__file__).parent)
+            entry = {"event": event, "prompt_id": prompt_id, "pid": os.getpid(), "folder": here, "time": time.time()}
             ledger = os.open(self.settings.ledger, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             os.write(ledger, (json.dumps(entry) + "\n").encode())
             os.close(ledger)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections import Counter, defaultdict
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from chaos import BUCKET, QUEUE, Delivery, Done
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from soak import Soak
 
 KILLS = ("worker killed", "instance killed")  # after which nobody says a word of the job
+ANSWERED_S = 0.5
+"""So long after a worker was killed a message may still come to it, in the answer that is on its way."""
 INTERRUPTING = (*KILLS, "ComfyUI killed", "worker stopped", "AWS outage", "worker frozen", "spot notice")
 NEVER = float("inf")
 
@@ -25,7 +28,7 @@ class Start(NamedTuple):
     """A run that ComfyUI began, from the ledger."""
 
     at: float
-    pid: int
+    process: str  # its instance and its process id, which another instance's ComfyUI may get later
     ending: str | None  # success, error, interrupted, died (by itself); None where the process was killed
     ended_at: float = NEVER
 
@@ -55,7 +58,7 @@ class Audit:
         self.objects: dict[str, int] = {}
         self.dead: set[str] = set()
         self.starts: dict[str, list[Start]] = {}
-        self.died_at: dict[int, float] = {}  # when a job ended the process of a ComfyUI
+        self.died_at: dict[str, float] = {}  # when a job ended the process of a ComfyUI
 
     def run(self) -> None:
         """Read what is there, and look at every job."""
@@ -81,14 +84,15 @@ class Audit:
         for line in self.soak.ledger.read_text().splitlines():
             entry = json.loads(line)
             runs = starts[entry["prompt_id"]]
+            process = f"{Path(entry['folder']).parent.name}/{entry['pid']}"
             if entry["event"] == "start":
-                runs.append(Start(entry["time"], entry["pid"], None))
+                runs.append(Start(entry["time"], process, None))
                 continue
             for place, run in enumerate(runs):
-                if run.pid == entry["pid"] and run.ending is None:
+                if run.process == process and run.ending is None:
                     runs[place] = run._replace(ending=entry["event"], ended_at=entry["time"])
             if entry["event"] == "died":
-                self.died_at[entry["pid"]] = entry["time"]
+                self.died_at[process] = entry["time"]
         return starts
 
     def look_at(self, job: Job) -> None:
@@ -162,8 +166,8 @@ class Audit:
             # Where a job ends ComfyUI, the one before, whose end was not heard any more, may be taken for it; and one
             # that waits for its turn, also to be tried on freed memory, is handed to the next ComfyUI anew.
             unheard = sum(
-                first.pid in self.died_at
-                and first.pid != second.pid
+                first.process in self.died_at
+                and first.process != second.process
                 and not any(first.at < d.at <= second.at for d in self.deliveries[job.id])
                 for first, second in pairwise(starts)
             )
@@ -181,18 +185,18 @@ class Audit:
 
     def explain(self, job: Job, earlier: list[Start], start: Start) -> str | None:
         """Why a job was started once more, None where nothing explains it."""
-        instance_id = self.soak.comfy_pids.get(start.pid)
+        instance_id, _, _ = start.process.partition("/")
         before = [delivery for delivery in self.deliveries[job.id] if delivery.at <= start.at and not delivery.lost]
         ours = [delivery for delivery in before if delivery.instance_id == instance_id]
         receipt_at = self.receipt_at(job)
         if not ours or ours[-1].at > receipt_at:
             return None
-        same = [other for other in earlier if other.pid == start.pid]
+        same = [other for other in earlier if other.process == start.process]
         if same and same[-1].ending != "interrupted":
             # Out of memory is tried once more on the same machine, when ComfyUI has freed its own.
             return "out of memory" if job.kind == "short of memory" and same[-1].ending == "error" else None
         if (last := earlier[-1]).ending in ("success", "error") and 0 <= self.died_at.get(
-            last.pid, NEVER
+            last.process, NEVER
         ) - last.ended_at < 1:
             return "ComfyUI ended behind it"  # and its end was not heard any more
         for delivery in before:
@@ -217,7 +221,7 @@ class Audit:
             if fault.kind in INTERRUPTING
             and fault.instance_id == delivery.instance_id
             and fault.at <= min([NEVER, *again])
-            and fault.until >= delivery.at
+            and fault.until + (ANSWERED_S if fault.kind in KILLS else 0) >= delivery.at
         ]
 
     def dead_messages(self, job: Job) -> list[str]:
@@ -229,9 +233,10 @@ class Audit:
         return [delivery for delivery in self.deliveries[job.id] if delivery.message_id == message_id]
 
     def excuse(self, job: Job, delivery: Delivery) -> bool:
-        """Whether a fault ended the receive, or it came to an instance that was leaving already."""
+        """Whether a fault ended the receive, or the instance was leaving, which gives back what it has not begun."""
         leaving_at = {f.instance_id: f.at for f in self.soak.faults if f.kind == "instance terminated"}
-        is_leaving = leaving_at.get(delivery.instance_id, NEVER) <= delivery.at
+        again = [d.at for d in self.receives(job, delivery.message_id) if d.at > delivery.at]
+        is_leaving = leaving_at.get(delivery.instance_id, NEVER) < min([NEVER, *again])
         return delivery.lost or self.interruption(job, delivery) is not None or is_leaving
 
     def may_be_dead(self, job: Job, message_id: str) -> bool:
@@ -265,8 +270,12 @@ class Audit:
     def look_for_replaced(self) -> None:
         """An instance may be declared Unhealthy where we have ended its ComfyUI since that ran a job to its end."""
         for at, instance_id in self.cloud.unhealthy:
-            pids = {pid for pid, owner in self.soak.comfy_pids.items() if owner == instance_id}
-            runs = [start for starts in self.starts.values() for start in starts if start.pid in pids]
+            runs = [
+                start
+                for starts in self.starts.values()
+                for start in starts
+                if start.process.startswith(f"{instance_id}/")
+            ]
             well_at = max(
                 (run.ended_at for run in runs if run.ending == "success" and run.ended_at < at), default=0.0
             )
@@ -294,8 +303,7 @@ class Audit:
         """All that is known of a job, in the order of time."""
         zero = self.soak.started
         story = [(d.at, f"{'lost' if d.lost else 'received'} by {d.instance_id}") for d in self.deliveries[job.id]]
-        pids = self.soak.comfy_pids
-        story += [(s.at, f"started by {pids.get(s.pid)}/{s.pid}: {s.ending}") for s in self.starts[job.id]]
+        story += [(s.at, f"started by {s.process}: {s.ending}") for s in self.starts[job.id]]
         story += [(r.at, "receipt") for r in self.cloud.receipts.get(job.id, [])]
         instances = {delivery.instance_id for delivery in self.deliveries[job.id]}
         span = (min(at for at, _ in story) - 2, max(at for at, _ in story) + 1) if story else (0, 0)

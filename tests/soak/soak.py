@@ -119,7 +119,6 @@ class Soak:
         self.later: list[tuple[float, Callable[[], Any]]] = []
         self.condemned: set[str] = set()
         self.job_of: dict[str, str] = {}  # message -> job
-        self.comfy_pids: dict[int, str] = {}  # ComfyUI's process -> its instance
         self.queue_url = self.dlq_url = ""
         self.left = 0  # messages
         self.started = self.duration_s = 0.0
@@ -180,7 +179,6 @@ class Soak:
                 due[1]()
             if self.plan and self.plan[0].after <= receipts and self.inject(self.plan[0]):
                 self.plan.pop(0)
-            self.note_processes()
             if time.time() > next_look:
                 next_look = time.time() + 1
                 self.left = self.depth()
@@ -219,13 +217,6 @@ class Soak:
             or (job.callback and job.refusals < ENDLESS and not self.receiver.accepted.get(job.id))
             for job in self.jobs
         )
-
-    def note_processes(self) -> None:
-        """Remember whose ComfyUI each process was."""
-        for machine in list(self.cloud.machines.values()):
-            process = machine.services.get("comfyui")
-            if process is not None:
-                self.comfy_pids[process.pid] = machine.instance_id
 
     def inject(self, fault: PlannedFault) -> bool:
         """Let the fault happen to an instance; False where none is there for it now."""

@@ -147,7 +147,13 @@ def audit_of(
     """The audit of one job of which this is known. Process 11 is A's ComfyUI, 22 B's."""
     entries = [entry.split() for entry in ledger.split(", ") if entry]
     entries = [[*entry, job.id][:4] for entry in entries]
-    lines = [json.dumps({"time": float(at), "event": event, "prompt_id": job_id, "pid": int(pid)}) for at, event, pid, job_id in entries]  # fmt: skip
+    lines = [
+        json.dumps({
+            "time": float(at), "event": event, "prompt_id": job_id, "pid": int(pid),
+            "folder": f"/instances/{ {'11': A, '22': B}.get(pid, 'i-c') }/ComfyUI",
+        })
+        for at, event, pid, job_id in entries
+    ]  # fmt: skip
     outputs = [{"s3_key": f"output/{job.id}/soak/x.png"}]
     said = (
         {"status": "failed", "error": {"kind": error, "message": ""}}
@@ -168,7 +174,6 @@ def audit_of(
         cloud=cloud,
         jobs=[job],
         job_of=dict.fromkeys(job.message_ids, job.id),
-        comfy_pids={11: A, 22: B},
         faults=faults or [],
         receiver=SimpleNamespace(
             accepted={job.id: [body if accepted == b"the receipt" else accepted]} if heard else {}
@@ -225,6 +230,20 @@ SENT_TWICE = [Delivery(0.5, A, "m1", lost=False), Delivery(1.9, B, "m2", lost=Fa
         (a_job(), {"error": "gave_up", "faults": KILLED}, {"WRONGLY FAILED": 1}),
         (a_job(), {"error": "gave_up", "dead": True}, {"WRONGLY FAILED": 1, "IN DLQ WRONGLY": 1}),
         (a_job(), {"dead": True}, {"succeeded": 1, "IN DLQ WRONGLY": 1}),
+        # also where its message came in the answer that a worker did not live to read, or was given back unbegun,
+        *[
+            (
+                a_job(),
+                {"error": "gave_up", "dead": True, "faults": [fault], "ledger": ""},
+                {"gave up rightly": 1, "in DLQ rightly": 1},
+            )
+            for fault in (Done(0.45, "worker killed", A, 0.45), Done(0.6, "instance terminated", A, 0.6))
+        ],
+        (
+            a_job(),
+            {"error": "gave_up", "dead": True, "faults": [Done(0.45, "worker killed", B, 0.45)], "ledger": ""},
+            {"WRONGLY FAILED": 1, "IN DLQ WRONGLY": 1},
+        ),
         (
             a_job(kind="kills its workers"),
             {"error": "gave_up", "dead": True, "faults": KILLED, "ledger": ""},
@@ -328,7 +347,7 @@ SENT_TWICE = [Delivery(0.5, A, "m1", lost=False), Delivery(1.9, B, "m2", lost=Fa
                 {"succeeded": 1, "UNEXPLAINED RE-RUNS": 1},
             )
             for fault in (
-                Done(1.5, "worker killed", B, 1.5),
+                Done(1.3, "worker killed", B, 1.3),
                 Done(1.95, "worker killed", A, 1.95),
                 Done(1.5, "sockets cut", A, 1.5),
                 Done(1.5, "instance terminated", A, 1.5),
