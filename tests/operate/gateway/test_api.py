@@ -181,9 +181,8 @@ def test_the_worker_hears_of_a_job_whose_events_are_opened_while_it_runs(sdk: Co
     await_that("it runs", lambda: door.site.runs(job.id))
     assert not door.site.keys(watched_key(job.id)), "nobody watches it"
     events = job.events()
-    while not isinstance(next(events), Progress):
-        pass
-    assert door.site.keys(watched_key(job.id))
+    next(events)
+    await_that("the worker can know", lambda: door.site.keys(watched_key(job.id)))
     job.cancel()
     assert list(events)[-1] == StatusChange("canceled")
     await_that("the mark is gone", lambda: not door.site.keys(watched_key(job.id)))
