@@ -136,7 +136,8 @@ def started_and_ended(site: Site, job_id: str) -> tuple[float, float]:
 def fetch_ahead(site: Site, seconds: float, *bodies: object, until: Path | None = None) -> tuple[str, list[str]]:
     """A job of `seconds` that runs, and those that were fetched ahead meanwhile and stand behind it.
 
-    With `until` the seconds begin when there is such a file.
+    With `until` the seconds begin when there is such a file. Then the others are sent when it runs; else when it is in
+    hand, so that it does not end before, and one of them may be the quicker to get to ComfyUI.
 
     The site's SCALE_COOLDOWN is short, so that its worker looks every second how many wait.
     """
@@ -147,6 +148,8 @@ def fetch_ahead(site: Site, seconds: float, *bodies: object, until: Path | None 
         slow["2"]["inputs"]["until"] = str(until)
     first = site.send(slow)
     await_that("the first is taken", lambda: site.depth() == (0, 1))  # one receive might bring all, in any order
+    if until is not None:
+        await_that("the first runs", lambda: site.runs(first))
     ids = [site.send(body) for body in bodies or (image_workflow(),)]
     await_that("the first runs", lambda: site.runs(first))
     return first, ids
