@@ -347,8 +347,8 @@ class Job:
     retry_of: str | None = None
     """The id of the dead job that was sent again as this one."""
     live: bool | Literal["when watched"] = False
-    """Somebody follows each of its steps, or says so by `watched_key`: progress.json is then written twice a second and
-    not every five."""
+    """Somebody follows each of its steps, or may say so by `watched_key`: files are stored while it runs, and
+    progress.json is written twice a second and not every five once somebody does."""
     warnings: tuple[str, ...] = ()
     """What stands in the message and is not used."""
 

@@ -653,7 +653,7 @@ class _Watch:
     def _take(self, event: dict[str, Any]) -> None:
         self.has_heard = True
         self.note_start()
-        if event["type"] in ("executing", "progress", "progress_state"):
+        if event["type"] in ("executing", "progress", "progress_state", "executed"):
             self.on_progress(event)
         elif event["type"] in ("execution_success", "execution_error", "execution_interrupted"):
             self._ended = True

@@ -133,6 +133,7 @@ class Jobs:
         if lease.lost:
             logger.warning("Job %s: its lease was lost, so its message comes again and is deleted then", job.id)
         lease.end()
+        self.results.end_early(job.id)
         self.results.outputs.remove(job.id)
         self.inputs.remove(job, result["error"])
         self.in_hand.let_go(lease)
@@ -174,6 +175,7 @@ class Jobs:
         if is_stopped or isinstance(error, DiskFullError):  # it is to go elsewhere
             lease.end()
             self.in_hand.await_received()
+        self.results.end_early(lease.job_id, at_once=is_stopped)
         if not (is_stopped or lease.lost):
             self.inputs.remove_files(lease.job_id)
         lease.put_back(delay_s)
@@ -345,12 +347,14 @@ class Jobs:
 
         pictures = self.results.outputs.pictures(job.id, workflow)
         pace = Pace(job, self.inputs.is_watched)
+        early = self.results.early(job, progress)
 
         def note(event: dict[str, Any]) -> None:
             if event["type"] == "execution_start":
                 self.in_hand.note_running(job.id)
             progress.note(event)
             pictures.note(event)
+            early.note(event)
 
         def tell() -> None:
             if pace.is_time():

@@ -27,6 +27,7 @@ class Progress:
         self.usual_run_s = usual_run_s
         self.started_at: datetime | None = None
         self._state: dict[str, Any] = {}
+        self._stored: dict[str, tuple[list[dict[str, Any]], dict[str, Any] | None]] = {}  # by node
         self._reported: dict[str, Any] = {}
 
     def note(self, event: dict[str, Any]) -> None:
@@ -43,11 +44,19 @@ class Progress:
                 else []
             )
             self._state = {**self._state, "nodes_done": states.count("finished")}
-        elif isinstance(data.get("node"), str):
+        elif event["type"] in ("executing", "progress") and isinstance(data.get("node"), str):
             step = (
                 {name: number_of(data.get(name)) for name in ("value", "max")} if event["type"] == "progress" else {}
             )
             self._state = {"nodes_done": self._state.get("nodes_done", 0), "node_id": data["node"], **step}
+
+    def note_stored(self, node_id: str, outputs: list[dict[str, Any]], values: dict[str, Any] | None) -> None:
+        """Take in what a node has made, when all of it is stored; in the receipt's shapes. Another thread may call."""
+        self._stored = {**self._stored, node_id: (outputs, values)}
+
+    def forget_stored(self) -> None:
+        """The job begins anew."""
+        self._stored = {}
 
     def node(self) -> tuple[str | None, str | None]:
         """The id and the class of the node at work, None where that is not known."""
@@ -56,7 +65,14 @@ class Progress:
 
     def news(self) -> dict[str, Any] | None:
         """What progress.json is to say, None when nothing changed since the last call."""
-        state = self._state
+        stored = self._stored
+        outputs = [output for made, _ in stored.values() for output in made]
+        values = {node_id: each for node_id, (_, each) in stored.items() if each}
+        state = {
+            **self._state,
+            **({"outputs": outputs} if outputs else {}),
+            **({"values": values} if values else {}),
+        }
         if state == self._reported:
             return None
         self._reported = state

@@ -8,6 +8,7 @@ import logging
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -15,8 +16,9 @@ from typing import Any, NamedTuple
 
 from comfy_utils import Job, Settings, ended_key, is_refused_condition, iso, progress_key, result_key
 from ground.answers import OutputFile, explain_node_errors, job_error, outputs_of
-from ground.comfyui import ComfyGoneError, ComfyUI, Finished
+from ground.comfyui import ComfyGoneError, ComfyUI, Finished, JobStoppedError
 from worker.bucket import Bucket
+from worker.early import EarlyOutputs
 from worker.errors import PutBackError
 from worker.lease import Lease
 from worker.outputs import Outputs, silent_nodes
@@ -70,6 +72,33 @@ class Results:
     instance_id: str
     _uploads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(UPLOADS_AT_ONCE, "upload"))
 
+    _early: dict[str, EarlyOutputs] = field(default_factory=dict)
+
+    # --- While it runs -----------------------------------------------------------------------------------
+
+    def early(self, job: Job, progress: Progress) -> EarlyOutputs:
+        """What stores the files of a run that begins as soon as they are there.
+
+        On the base machine it does so for nobody: there Mountpoint writes into the bucket.
+        """
+        self.end_early(job.id)
+        progress.forget_stored()
+        early = EarlyOutputs(job, progress, self.bucket, self.outputs, self._keys)
+        if self.settings.env == "base":
+            early.close()
+        self._early[job.id] = early
+        return early
+
+    def end_early(self, job_id: str, *, at_once: bool = False) -> None:
+        """Store nothing more before the job's end; a file that is under way is waited for, as far as there is time, so
+        that it is not written over one of the next attempt."""
+        early = self._early.pop(job_id, None)
+        if early is not None:
+            early.close()
+            with suppress(JobStoppedError):
+                if not at_once:
+                    early.await_end(self.shutdown.pause)
+
     # --- The receipt -------------------------------------------------------------------------------------
 
     def make(self, job: Job, ran: Ran, lease: Lease) -> Result:
@@ -80,6 +109,9 @@ class Results:
         outputs: list[dict[str, Any]] = []
         warnings = [*job.warnings, *ran.warnings]
         values, error = ran.values, ran.error
+        if (early := self._early.get(job.id)) is not None:  # what is under way is not to be stored twice
+            early.close()
+            early.await_end(self.shutdown.pause)
         if ran.finished is not None:
             entry = ran.finished.entry
             warnings += [f"dropped: {text}" for text in explain_node_errors(ran.finished.node_errors)]
@@ -185,10 +217,12 @@ class Results:
                 file = OutputFile("", "files", path.name, subfolder, "output")
                 found.append((file._asdict() | {"node_id": None}, path))
         keys = self._keys(job_id, [path for _, path in found])
+        early = self._early.get(job_id)
+        missed = {path: key for path, key in keys.items() if early is None or not early.has(path, key)}
         list(
-            self._uploads.map(self._upload, keys, keys.values())
-            if len(keys) > 1
-            else map(self._upload, keys, keys.values())
+            self._uploads.map(self._upload, missed, missed.values())
+            if len(missed) > 1
+            else map(self._upload, missed, missed.values())
         )
         return Stored([{**output, "s3_key": keys[path]} for output, path in found], missing, warnings)
 

@@ -66,16 +66,19 @@ class Outputs:
 
     def __init__(self, cloud: Cloud, assets: Assets, addresses: Addresses) -> None:
         self._cloud, self._assets, self._addresses = cloud, assets, addresses
-        self._known: dict[str, list[tuple[dict[str, Any], Asset]]] = {}
+        self._known: dict[str, tuple[str | tuple[str, ...], list[tuple[dict[str, Any], Asset]]]] = {}
 
     async def of_job(self, request: web.Request, standing: Standing) -> list[dict[str, Any]]:
-        """The outputs of a job that has ended; of one that runs nothing is stored yet."""
-        if standing.result is None:
+        """The outputs of a job: all when it has ended, and while it runs those that its worker has stored."""
+        news = standing.result or standing.progress
+        if news is None:
             return []
-        found = self._known.get(standing.job_id)
-        if found is None:
-            found = await self._read(standing.job_id, standing.result)
-            self._known[standing.job_id] = found
+        # A job that begins anew starts with none, and a receipt is never changed.
+        version = "all" if standing.result else tuple(file["s3_key"] for file in news.get("outputs") or [])
+        known_as, found = self._known.get(standing.job_id, ((), []))
+        if known_as != version:
+            found = await self._read(standing.job_id, news)
+            self._known[standing.job_id] = version, found
             while len(self._known) > JOBS_KEPT:
                 del self._known[next(iter(self._known))]
         return await self._cloud.call(lambda: [self._output(request, file, asset) for file, asset in found])
@@ -88,7 +91,7 @@ class Outputs:
                 files |= {
                     item["Key"]: (item["Size"], iso(item["LastModified"])) for item in page if item["Key"] in named
                 }
-        for node_id, kind, number, text in texts_of(result):
+        for node_id, kind, number, text in texts_of(result) if "timings" in result else []:
             key = f"{BYTES}{job_id}/{plain(node_id)}-{plain(kind)}-{number}.txt"
             body = text.encode("utf-8", "replace")
             await self._cloud.write(key, body)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
@@ -15,6 +16,8 @@ from operate.gateway.api_jobs import ApiJobs, no_job
 from operate.gateway.api_shapes import ENDED, Envelope, progress_snapshot, status_of
 from operate.gateway.guard import Handler
 from operate.gateway.jobs import Jobs, Posted, Standing
+
+logger = logging.getLogger(__name__)
 
 MOST_STREAMS = 1000
 BEAT_S = 15.0
@@ -122,6 +125,8 @@ class Stream:
         self._job_id = job_id
         self._prompt: Mapping[str, Any] = posted.prompt if posted else {}
         self._said: tuple[str, int | None] | None = None
+        self._keys: set[str] = set()  # of the files that were seen while it ran
+        self._told: set[str] = set()  # ids of outputs
         self._due: dict[str, Any] | None = None  # progress that waits for its time
         self._progress_at = self._sent_at = self._places_at = 0.0
 
@@ -158,7 +163,11 @@ class Stream:
                 if event.get("status") != "running":
                     await self._end(Standing(self._job_id, "ended", standing.entry, event))
                     return
-                is_running, self._due = True, event
+                if not is_running:
+                    is_running = True
+                    await self._status("running")
+                await self._outputs_so_far(Standing(self._job_id, "running", standing.entry, progress=event))
+                self._due = event
             if self._events.is_deleted(self._job_id) and not is_running:
                 await self._end(Standing(self._job_id, "deleted", standing.entry))
                 return
@@ -178,9 +187,29 @@ class Stream:
 
     async def _end(self, standing: Standing) -> None:
         """The files, and the end, which is the last."""
-        for output in await self._events.outputs(self._request, standing):
-            await self._send("output", output)
+        await self._outputs(await self._events.outputs(self._request, standing))
         await self._status(status_of(standing))
+
+    async def _outputs_so_far(self, standing: Standing) -> None:
+        """The files that are stored while the job runs. What cannot be looked at now is told with the next, or at the
+        end."""
+        keys = {file["s3_key"] for file in (standing.progress or {}).get("outputs") or []}
+        if keys <= self._keys:
+            return
+        try:
+            outputs = await self._events.outputs(self._request, standing)
+        except Exception as error:
+            logger.warning("The files of job %s cannot be looked at just now: %s", self._job_id, error)
+            return
+        self._keys |= keys
+        await self._outputs(outputs)
+
+    async def _outputs(self, outputs: list[dict[str, Any]]) -> None:
+        """Each file once."""
+        for output in outputs:
+            if output["id"] not in self._told:
+                self._told.add(output["id"])
+                await self._send("output", output)
 
     async def _status(self, status: str) -> None:
         """A status, where it is another than the last."""

@@ -76,7 +76,7 @@ class Assets:
 
     def __init__(self, cloud: Cloud) -> None:
         self._cloud = cloud
-        self._noted: set[str] = set()  # keys of jobs' files whose assets are stored
+        self._noted: dict[str, int] = {}  # keys of jobs' files whose assets are stored -> bytes
         self._rules: list[dict[str, Any]] = []
         self._rules_at = 0.0
         self._reading_rules = asyncio.Lock()
@@ -153,9 +153,9 @@ class Assets:
             )
             for key, (size, created_at) in files.items()
         }  # fmt: skip
-        new = [asset for key, asset in assets.items() if key not in self._noted]
+        new = [asset for key, asset in assets.items() if self._noted.get(key) != asset.size_bytes]
         await asyncio.gather(*(self._cloud.write(BY_ID + asset.id, as_json(asset)) for asset in new))
-        self._noted.update(asset.key for asset in new)
+        self._noted.update({asset.key: asset.size_bytes for asset in new})
         return assets
 
     # --- Deleting ----------------------------------------------------------------------------------------

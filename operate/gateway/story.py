@@ -31,10 +31,16 @@ class Story:
         """The node at work."""
         self._states: dict[str, dict[str, Any]] = {}
         self._step: tuple[float, float] | None = None
+        self._told: dict[str, Message] = {}  # the nodes whose outputs are told
 
     def go_on(self, progress: Mapping[str, Any]) -> list[Message]:
         """What is new in a job's progress."""
         said = self._begin()
+        for made, output in self._untold(progress).items():
+            if not self._is_shown(made):
+                if made not in self._states:
+                    said.append(self._state(made, "finished", 1.0, 1.0))
+                said.append(self._executed(made, output))
         node = progress.get("node_id")
         if isinstance(node, str) and node != self.node:
             said += self._finish()
@@ -51,16 +57,15 @@ class Story:
         """The rest, by the job's receipt; the last message is followed by `executing` of no node."""
         said = self._begin()
         error = result.get("error")
-        for node, output in outputs_of(result, self.prompt).items():
+        for node, output in self._untold(result).items():
             if node != self.node:
                 said += self._finish()
                 self.node = node
                 said += [self._state(node, "running", 0.0, 1.0), self._executing(node)]
-            if self.prompt.get(node, {}).get("class_type") == "SaveImageWebsocket":
+            if self._is_shown(node):
                 said += [(PICTURE, file) for file in output.get("images", [])]
                 continue
-            data = {"node": node, "display_node": node, "output": output, "prompt_id": self.job_id}
-            said.append(("executed", data))
+            said.append(self._executed(node, output))
         if error and error.get("node_id"):
             if error["node_id"] != self.node:
                 said += self._finish()
@@ -73,13 +78,29 @@ class Story:
         return "executing", {"node": None, "prompt_id": self.job_id}
 
     def so_far(self) -> list[Message]:
-        """What one is told who comes while the job runs."""
+        """What one is told who comes while the job runs: what it will not be told again, and where the job stands."""
+        told = list(self._told.values())
         if self.node is None:
-            return []
+            return told
         return [
             ("progress_state", {"prompt_id": self.job_id, "nodes": dict(self._states)}),
+            *told,
             self._executing(self.node),
         ]
+
+    def _untold(self, news: Mapping[str, Any]) -> dict[str, dict[str, list[Any]]]:
+        """What nodes have made, by a job's progress or receipt, as far as it is not told."""
+        made = outputs_of(news, self.prompt)
+        return {node: output for node, output in made.items() if node not in self._told}
+
+    def _is_shown(self, node: str) -> bool:
+        """Whether its pictures go by the websocket themselves, and it is `executed` without a word."""
+        return bool(self.prompt.get(node, {}).get("class_type") == "SaveImageWebsocket")
+
+    def _executed(self, node: str, output: dict[str, list[Any]]) -> Message:
+        data = {"node": node, "display_node": node, "output": output, "prompt_id": self.job_id}
+        self._told[node] = "executed", data
+        return self._told[node]
 
     def _begin(self) -> list[Message]:
         if self.has_begun:

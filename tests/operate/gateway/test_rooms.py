@@ -120,6 +120,25 @@ def test_the_story_is_told_in_order_whatever_is_seen_of_it() -> None:
     assert all(data["prompt_id"] == JOB for _, data in said)
 
 
+def test_what_a_node_has_made_is_told_once_as_soon_as_it_is_stored() -> None:
+    story = Story(JOB, PROMPT)
+    file = {"node_id": "2", "kind": "images", "filename": "x.png", "s3_key": f"output/{JOB}/x.png"}
+    other = file | {"node_id": "3", "filename": "y.png", "s3_key": f"output/{JOB}/y.png"}
+    story.go_on({"status": "running", "node_id": "2"})
+    seen = {"status": "running", "node_id": "3", "outputs": [file], "values": {"2": {"text": ["a"]}}}
+    said = story.go_on(seen)
+    assert [name for name, _ in said] == ["executed", "progress_state", "progress_state", "executing"], (
+        "before the next node is at work"
+    )
+    view = {"filename": "x.png", "subfolder": JOB, "type": "output"}
+    data = {"node": "2", "display_node": "2", "output": {"images": [view], "text": ["a"]}, "prompt_id": JOB}
+    assert said[0] == ("executed", data)
+    assert story.go_on(seen) == []
+    assert [name for name, _ in story.so_far()] == ["progress_state", "executed", "executing"]
+    rest = story.end(receipt(outputs=[file, other]))
+    assert [data["node"] for name, data in rest if name == "executed"] == ["3"]
+
+
 @pytest.mark.parametrize(
     ("error", "end", "seen"),
     [
