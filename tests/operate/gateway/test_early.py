@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,10 @@ def test_a_websocket_hears_of_a_nodes_files_while_the_job_runs_and_once(
 
 
 def events_of(answer: requests.Response) -> Iterator[tuple[str, Any]]:
-    """The events of a stream."""
-    name = ""
+    """The events of a stream, which is never silent for long."""
+    name, limit = "", time.monotonic() + LIMIT_S
     for line in answer.iter_lines(decode_unicode=True):
+        assert time.monotonic() < limit, f"all that came last was {name}"
         kind, _, value = line.partition(": ")
         if kind == "event":
             name = value
