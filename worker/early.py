@@ -71,7 +71,8 @@ class EarlyOutputs:
         self._events.put(None)
 
     def await_end(self, pause: Callable[[float], None]) -> None:
-        """Wait for a file that is under way, after `close`; raises what `pause` raises."""
+        """Store nothing more, and wait for a file that is under way; raises what `pause` raises."""
+        self.close()
         while self._thread is not None and self._thread.is_alive():
             self._thread.join(0.2)
             pause(0.001)

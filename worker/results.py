@@ -71,7 +71,6 @@ class Results:
     shutdown: Shutdown
     instance_id: str
     _uploads: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(UPLOADS_AT_ONCE, "upload"))
-
     _early: dict[str, EarlyOutputs] = field(default_factory=dict)
 
     # --- While it runs -----------------------------------------------------------------------------------
@@ -93,11 +92,13 @@ class Results:
         """Store nothing more before the job's end; a file that is under way is waited for, as far as there is time, so
         that it is not written over one of the next attempt."""
         early = self._early.pop(job_id, None)
-        if early is not None:
+        if early is None:
+            return
+        if at_once:
             early.close()
-            with suppress(JobStoppedError):
-                if not at_once:
-                    early.await_end(self.shutdown.pause)
+            return
+        with suppress(JobStoppedError):
+            early.await_end(self.shutdown.pause)
 
     # --- The receipt -------------------------------------------------------------------------------------
 
@@ -110,7 +111,6 @@ class Results:
         warnings = [*job.warnings, *ran.warnings]
         values, error = ran.values, ran.error
         if (early := self._early.get(job.id)) is not None:  # what is under way is not to be stored twice
-            early.close()
             early.await_end(self.shutdown.pause)
         if ran.finished is not None:
             entry = ran.finished.entry

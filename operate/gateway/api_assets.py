@@ -91,7 +91,7 @@ class Outputs:
                 files |= {
                     item["Key"]: (item["Size"], iso(item["LastModified"])) for item in page if item["Key"] in named
                 }
-        for node_id, kind, number, text in texts_of(result) if "timings" in result else []:
+        for node_id, kind, number, text in texts_of(result) if result["status"] != "running" else []:
             key = f"{BYTES}{job_id}/{plain(node_id)}-{plain(kind)}-{number}.txt"
             body = text.encode("utf-8", "replace")
             await self._cloud.write(key, body)
