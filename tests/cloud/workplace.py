@@ -194,17 +194,31 @@ def _answers(port: int) -> bool:
         return False
 
 
-def image_workflow(seconds: float = 0.0, more: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A small workflow that takes `seconds` and saves one image, with `more` nodes."""
+def image_workflow(
+    seconds: float = 0.0, more: dict[str, Any] | None = None, until: Path | None = None
+) -> dict[str, Any]:
+    """A small workflow that takes `seconds` and saves one image, with `more` nodes.
+
+    With `until` the seconds begin when there is such a file.
+    """
     return {
         "1": {
             "class_type": "EmptyImage",
             "inputs": {"width": 16, "height": 16, "batch_size": 1, "color": uuid.uuid4().int % 0xFFFFFF},
         },
-        "2": {"class_type": "StandinSleep", "inputs": {"seconds": seconds, "image": ["1", 0]}},
+        "2": {
+            "class_type": "StandinSleep",
+            "inputs": {"seconds": seconds, "image": ["1", 0]} | ({"until": str(until)} if until else {}),
+        },
         "3": {"class_type": "SaveImage", "inputs": {"images": ["2", 0], "filename_prefix": "x"}},
         **(more or {}),
     }
+
+
+def two_savers(until: Path) -> dict[str, Any]:
+    """A workflow that saves a picture at node 4, and another at node 3 once there is a file."""
+    first = {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "early"}}
+    return image_workflow(more={"4": first}, until=until)
 
 
 def group_of(cloud: LocalCloud, name: str) -> dict[str, Any]:

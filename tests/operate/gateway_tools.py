@@ -17,7 +17,7 @@ import requests
 import websocket
 from local_cloud import free_port
 from places import copy_bytecode, copy_comfyui, link_scripts
-from workplace import LIMIT_S, Site, await_that, image_workflow
+from workplace import LIMIT_S, Site, await_that
 
 Message = dict[str, Any]
 PAUSE_S = 10.0
@@ -164,11 +164,3 @@ def start_instance(site: Site, folder: Path) -> list[subprocess.Popen[bytes]]:
 
 def types_of(messages: Sequence[Message]) -> list[str]:
     return [message["type"] for message in messages]
-
-
-def two_savers(until: Path) -> dict[str, Any]:
-    """A workflow that saves a picture at node 4, and another at node 3 once there is a file."""
-    workflow = image_workflow()
-    workflow["2"]["inputs"]["until"] = str(until)
-    first = {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "early"}}
-    return workflow | {"4": first}

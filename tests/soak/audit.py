@@ -214,13 +214,12 @@ class Audit:
 
     def faults_during(self, job: Job, delivery: Delivery) -> list[Done]:
         """The faults that can have taken the message from the instance, before its next receive."""
-        again = [d.at for d in self.deliveries[job.id] if d.message_id == delivery.message_id and d.at > delivery.at]
         return [
             fault
             for fault in self.soak.faults
             if fault.kind in INTERRUPTING
             and fault.instance_id == delivery.instance_id
-            and fault.at <= min([NEVER, *again])
+            and fault.at <= self.received_again_at(job, delivery)
             and fault.until + (ANSWERED_S if fault.kind in KILLS else 0) >= delivery.at
         ]
 
@@ -232,11 +231,14 @@ class Audit:
         """When the message was received, by whom."""
         return [delivery for delivery in self.deliveries[job.id] if delivery.message_id == message_id]
 
+    def received_again_at(self, job: Job, delivery: Delivery) -> float:
+        """When the message was received the next time."""
+        return min((d.at for d in self.receives(job, delivery.message_id) if d.at > delivery.at), default=NEVER)
+
     def excuse(self, job: Job, delivery: Delivery) -> bool:
         """Whether a fault ended the receive, or the instance was leaving, which gives back what it has not begun."""
         leaving_at = {f.instance_id: f.at for f in self.soak.faults if f.kind == "instance terminated"}
-        again = [d.at for d in self.receives(job, delivery.message_id) if d.at > delivery.at]
-        is_leaving = leaving_at.get(delivery.instance_id, NEVER) < min([NEVER, *again])
+        is_leaving = leaving_at.get(delivery.instance_id, NEVER) < self.received_again_at(job, delivery)
         return delivery.lost or self.interruption(job, delivery) is not None or is_leaving
 
     def may_be_dead(self, job: Job, message_id: str) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from local_cloud import Fault, LocalCloud
-from workplace import LIMIT_S, Site, await_that, image_workflow
+from workplace import LIMIT_S, Site, await_that, two_savers
 from workshop import make_worker, start
 
 import parse_job
@@ -52,13 +52,9 @@ def puts(monkeypatch: pytest.MonkeyPatch) -> Puts:
     return puts
 
 
-def two_savers(until: Path) -> dict[str, Any]:
-    """A workflow that saves a picture, and another once there is a file."""
-    workflow = image_workflow()
-    workflow["2"]["inputs"]["until"] = str(until)
-    first = {"class_type": "SaveImage", "inputs": {"images": ["1", 0], "filename_prefix": "early"}}
-    shown = {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}}
-    return workflow | {"4": first, "5": shown}
+def three_savers(until: Path) -> dict[str, Any]:
+    """The same with a picture that is only shown."""
+    return two_savers(until) | {"5": {"class_type": "PreviewImage", "inputs": {"images": ["1", 0]}}}
 
 
 def progress_of(site: Site, job_id: str) -> dict[str, Any]:
@@ -84,7 +80,7 @@ def test_what_a_live_job_has_made_is_stored_and_told_while_it_runs_and_no_file_i
 ) -> None:
     site = make_site()
     start(site)
-    job_id = site.send({"prompt": two_savers(tmp_path / "go"), "live": True})
+    job_id = site.send({"prompt": three_savers(tmp_path / "go"), "live": True})
     told = await_early(site, job_id)
     assert {output["s3_key"] for output in told} <= set(site.keys(f"output/{job_id}/"))
     assert {output["node_id"] for output in told} == {"4", "5"}
@@ -100,7 +96,7 @@ def test_what_a_live_job_has_made_is_stored_and_told_while_it_runs_and_no_file_i
 def test_what_nobody_follows_is_stored_at_the_end(make_site: Callable[..., Site], puts: Puts, tmp_path: Path) -> None:
     site = make_site()
     start(site)
-    job_id = site.send({"prompt": two_savers(tmp_path / "go")})
+    job_id = site.send({"prompt": three_savers(tmp_path / "go")})
     await_that("it is at its second", lambda: progress_of(site, job_id).get("node_id") == "2")
     assert "outputs" not in progress_of(site, job_id)
     assert site.keys(f"output/{job_id}/") == [f"output/{job_id}/progress.json"]
@@ -115,7 +111,7 @@ def test_what_cannot_be_stored_early_is_stored_at_the_end(
     site = make_site()
     start(site)
     puts.refused["early_00001_.png"] = 1
-    job_id = site.send({"prompt": two_savers(tmp_path / "go"), "live": True})
+    job_id = site.send({"prompt": three_savers(tmp_path / "go"), "live": True})
     await_that("the other is told of", lambda: progress_of(site, job_id).get("outputs"))
     await_that("it was tried", lambda: puts.count["early_00001_.png"])
     (tmp_path / "go").touch()
@@ -131,7 +127,7 @@ def test_another_attempt_begins_with_nothing_and_names_its_own(
     site = make_site()
     comfyui = site.start_comfyui()
     site.start_worker()
-    job_id = site.send({"prompt": two_savers(tmp_path / "go"), "live": True})
+    job_id = site.send({"prompt": three_savers(tmp_path / "go"), "live": True})
     first = await_early(site, job_id)
     shown = next(output["s3_key"] for output in first if output["type"] == "temp")
     comfyui.kill()
@@ -180,7 +176,6 @@ class Bench:
 
     def end(self, *names: str) -> list[str]:
         """What the receipt names."""
-        self.early.close()
         self.early.await_end(lambda _: None)
         files = [OutputFile("1", "images", name, self.job.id, "output") for name in names]
         return [output["s3_key"] for output in self.results.store_files(self.job.id, files).outputs]

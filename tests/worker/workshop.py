@@ -143,10 +143,7 @@ def fetch_ahead(site: Site, seconds: float, *bodies: object, until: Path | None 
     """
     site.await_result(site.send(image_workflow()))  # so that the worker knows jobs to be short
     site.await_empty_queue()
-    slow = image_workflow(seconds)
-    if until is not None:
-        slow["2"]["inputs"]["until"] = str(until)
-    first = site.send(slow)
+    first = site.send(image_workflow(seconds, until=until))
     await_that("the first is taken", lambda: site.depth() == (0, 1))  # one receive might bring all, in any order
     if until is not None:
         await_that("the first runs", lambda: site.runs(first))

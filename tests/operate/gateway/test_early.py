@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import requests
-from gateway_tools import Client, Door, two_savers, types_of
-from workplace import LIMIT_S
+from gateway_tools import Client, Door, types_of
+from workplace import LIMIT_S, two_savers
 
 
 def test_a_websocket_hears_of_a_nodes_files_while_the_job_runs_and_once(
